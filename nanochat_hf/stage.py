@@ -1,0 +1,101 @@
+"""One record per stage of a run: `<run_dir>/eval/<stage>.json`, written when the stage has finished.
+
+Stages meet only through directories on disk. A record makes `run.sh` resumable (a stage whose record exists is done),
+protects a run folder from another recipe, and is all the report reads. Curves go to `<run_dir>/logs/<stage>.jsonl`.
+
+    stage = Stage(run_dir, "base", settings)
+    if stage.finished:
+        return stage.results
+    with stage:
+        stage.log(step=1, loss=9.0)
+        stage.results["val_bpb"] = 1.2
+"""
+
+import json
+import os
+import resource
+import time
+from pathlib import Path
+
+STAGES = ("tokenizer", "base", "mid", "sft", "rl")  # each a folder of the run that from_pretrained opens
+
+
+class Stage:
+    """A stage of a run, as a context manager that measures seconds and peak memory.
+
+    Args:
+        run_dir: the run's folder, e.g. `runs/tiny`.
+        name: the record's name: a stage (`base`) or an evaluation (`core`).
+        settings: what the recipe said, JSON-ready; a finished record with other settings is a `ValueError`.
+
+    Raises:
+        ValueError: the record on disk was made with other settings, so this folder belongs to another recipe.
+    """
+
+    def __init__(self, run_dir: str | Path, name: str, settings: dict):
+        self.run_dir, self.name = Path(run_dir), name
+        self.path = self.run_dir / "eval" / f"{name}.json"
+        self.log_path = self.run_dir / "logs" / f"{name}.jsonl"
+        self.settings = json.loads(json.dumps(settings, default=str))
+        self.results: dict = {}
+        self.finished = False
+        if self.path.is_file():
+            record = json.loads(self.path.read_text())
+            self._refuse_other_recipe(record["settings"])
+            self.results, self.finished = record["results"], True
+
+    def _refuse_other_recipe(self, theirs: dict) -> None:
+        differing = sorted(k for k in theirs.keys() | self.settings.keys() if theirs.get(k) != self.settings.get(k))
+        if differing:
+            key = differing[0]
+            raise ValueError(
+                f"{self.run_dir} belongs to another recipe: its stage `{self.name}` was made with "
+                f"{key}={theirs.get(key)!r}, now {key}={self.settings.get(key)!r}. "
+                f"Choose another folder (--output_dir), or start this one over (--fresh)."
+            )
+
+    def __enter__(self) -> "Stage":
+        self._started = time.time()
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        if error_type is not None:
+            return
+        finished = time.time()
+        record = {
+            "stage": self.name,
+            "started": self._started,
+            "finished": finished,
+            "seconds": finished - self._started + self.results.pop("seconds_before_resume", 0.0),
+            "peak_memory_mib": peak_memory_mib(),
+            "settings": self.settings,
+            "results": self.results,
+        }
+        write_json(self.path, record)
+
+    def log(self, **figures) -> None:
+        """Append one line of figures to the stage's curve."""
+        with open(self.log_path, "a") as file:
+            file.write(json.dumps(figures) + "\n")
+
+
+def write_json(path: str | Path, content: dict) -> None:
+    """Write JSON so that a reader sees either the old file or the new one, never half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def peak_memory_mib() -> float:
+    """Highest resident memory of this process in MiB; on a CUDA machine the device's highest allocation instead."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
