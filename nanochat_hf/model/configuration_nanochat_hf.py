@@ -1,0 +1,154 @@
+"""Configuration of NanoChatHF: one class for both nanochat generations.
+
+`architecture` chooses a preset; a field left at None takes the preset's value, and the resolved value is what
+`config.json` stores, so a saved model never depends on a default. `2026-07` is the newest generation, `2025-10` the one
+of the published d20 report (also transformers' native `nanochat`).
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+PRESETS = {
+    "2026-07": {
+        "rope_theta": 100_000.0,
+        "qk_scale": 1.2,
+        "window_pattern": "SSSL",
+        "use_value_embeddings": True,
+        "use_residual_scalars": True,
+        "use_smear": True,
+        "use_backout": True,
+    },
+    "2025-10": {
+        "rope_theta": 10_000.0,
+        "qk_scale": 1.0,
+        "window_pattern": "L",
+        "use_value_embeddings": False,
+        "use_residual_scalars": False,
+        "use_smear": False,
+        "use_backout": False,
+    },
+}
+
+
+@strict
+class NanoChatHFConfig(PreTrainedConfig):
+    """What a NanoChatHF model is.
+
+    Args:
+        architecture: preset of the fields below that are None: `2026-07` or `2025-10`.
+        vocab_size: rows of the embedding and of the head (no padding rows).
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the MLP; 4 * hidden_size by default.
+        head_dim: width of a head, even; hidden_size / num_attention_heads by default.
+        num_key_value_heads: grouped-query attention when fewer than num_attention_heads.
+        max_position_embeddings: training length T in tokens; the short window derives from it.
+        window_pattern: `S` (short window) and `L` (everything) tiled over the layers; the last layer is always `L`.
+        sliding_window: tokens a short-window query sees, itself included: ceil(T/4/128)*128 + 1 by default.
+        rope_parameters: {"rope_type": "default", "rope_theta": base of the rotary embedding}.
+        qk_scale: factor on the normalised queries and on the normalised keys.
+        use_value_embeddings: every second layer (the last included) mixes a token embedding into its values.
+        use_residual_scalars: learned weights of the stream and of the first embedding before each block.
+        use_smear: each position mixes in its left neighbour's embedding.
+        use_backout: a learned share of the middle layer's output is subtracted before the final norm.
+        final_logit_softcapping: logits become `c * tanh(logits / c)`.
+
+    Raises:
+        ValueError: an unknown architecture, heads that do not divide the width, an odd head size, a window pattern
+            with other letters.
+    """
+
+    model_type = "nanochat_hf"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.self_attn.ve_gate": "colwise",
+        "layers.*.mlp.fc1": "colwise",
+        "layers.*.mlp.fc2": "rowwise",
+    }
+
+    architecture: str = "2026-07"
+    vocab_size: int = 32768
+    hidden_size: int = 768
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 6
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "relu2"
+    max_position_embeddings: int = 2048
+    window_pattern: str | None = None
+    layer_types: list[str] | None = None
+    sliding_window: int | None = None
+    rope_parameters: dict | None = None
+    qk_scale: float | int | None = None
+    use_value_embeddings: bool | None = None
+    use_residual_scalars: bool | None = None
+    use_smear: bool | None = None
+    use_backout: bool | None = None
+    final_logit_softcapping: float | int = 15.0
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.architecture not in PRESETS:
+            raise ValueError(f"architecture={self.architecture!r} is unknown; valid: {', '.join(PRESETS)}")
+        preset = dict(PRESETS[self.architecture])
+        default_theta = preset.pop("rope_theta")
+        rope_theta = kwargs.pop("rope_theta", default_theta)
+        self.rope_parameters = self.rope_parameters or {"rope_type": "default", "rope_theta": rope_theta}
+        if self.rope_parameters.get("rope_type", "default") != "default":
+            raise ValueError(f"rope_parameters={self.rope_parameters}: only rope_type 'default' exists in nanochat")
+        for name, value in preset.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        self._derive_head_dim()
+        self._derive_windows()
+        if self.tie_word_embeddings:
+            raise ValueError("tie_word_embeddings=True is not nanochat: the head is untied; set it to False")
+        super().__post_init__(**kwargs)
+
+    def _derive_head_dim(self) -> None:
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if self.head_dim is None:
+            if self.hidden_size % heads:
+                raise ValueError(
+                    f"num_attention_heads={heads} does not divide hidden_size={self.hidden_size}; give a number of "
+                    f"heads that does, or head_dim"
+                )
+            self.head_dim = self.hidden_size // heads
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings need an even head size")
+        if kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
+
+    def _derive_windows(self) -> None:
+        pattern = self.window_pattern
+        if not pattern or set(pattern) - {"S", "L"}:
+            raise ValueError(f"window_pattern={pattern!r}: only the letters S (short window) and L (full) are allowed")
+        num_layers = self.num_hidden_layers
+        letters = (pattern * num_layers)[: num_layers - 1] + "L"
+        if self.sliding_window is None and "S" in letters:
+            # nanochat's window counts the keys to the left; transformers counts the query too.
+            self.sliding_window = -(-self.max_position_embeddings // 512) * 128 + 1
+        if self.layer_types is None:
+            self.layer_types = ["sliding_attention" if letter == "S" else "full_attention" for letter in letters]
+            if self.use_smear:
+                # A `hybrid` layer's cache holds keys, values and a convolution state: the last embedding, for smear.
+                self.layer_types[-1] = "hybrid"
+
+    def has_value_embedding(self, layer_idx: int) -> bool:
+        """Whether this layer mixes a value embedding: every second one, counted so that the last does."""
+        return self.use_value_embeddings and layer_idx % 2 == (self.num_hidden_layers - 1) % 2
+
+
+__all__ = ["NanoChatHFConfig"]

@@ -1,0 +1,470 @@
+"""NanoChatHF: nanochat's transformer, both generations, as a transformers model.
+
+Embedding -> RMSNorm -> (smear) -> blocks -> (backout) -> RMSNorm -> head -> softcap. Norms have no weight, nothing has
+a bias, and the switches of the configuration turn the 2026-07 generation into the 2025-10 one.
+
+Shapes in comments: B batch, T time, D width, H heads, K key/value heads, d head size, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_nanochat_hf import NanoChatHFConfig
+
+SMEAR_CHANNELS = 24  # channels of the embedding that decide how much of the left neighbour is mixed in
+VALUE_GATE_CHANNELS = 12  # channels of the block input that gate the value embedding
+
+
+def rms_norm(x: torch.Tensor) -> torch.Tensor:
+    """RMSNorm over the last dimension, without weight, with torch's default eps for the dtype."""
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+def linear(in_features: int, out_features: int, initializer: Callable[[torch.Tensor], torch.Tensor]) -> nn.Linear:
+    """A bias-free linear layer that carries its own initializer.
+
+    transformers calls `_init_weights` only for modules that own parameters, so the parent cannot do it for its children.
+    """
+    layer = nn.Linear(in_features, out_features, bias=False)
+    layer.initializer = initializer
+    return layer
+
+
+def embedding(num_embeddings: int, dim: int, initializer: Callable[[torch.Tensor], torch.Tensor]) -> nn.Embedding:
+    """An embedding that carries its own initializer."""
+    layer = nn.Embedding(num_embeddings, dim)
+    layer.initializer = initializer
+    return layer
+
+
+def matrix_initializer(config: NanoChatHFConfig, in_features: int, out_features: int, scale: float = 1.0) -> Callable:
+    """Initializer of q, k, v and fc1: uniform (2026-07) or normal (2025-10)."""
+    if config.architecture == "2026-07":
+        bound = scale * math.sqrt(3 / config.hidden_size)
+        return partial(init.uniform_, a=-bound, b=bound)
+    return partial(init.normal_, std=min(1.0, math.sqrt(out_features / in_features)) / math.sqrt(in_features))
+
+
+def rotary_tables(config: NanoChatHFConfig, position_ids: torch.Tensor, dtype: torch.dtype):
+    """Cosine and sine tables, each (B or 1, 1, T, d/2); computed per call, so there is no buffer to lose."""
+    channels = torch.arange(0, config.head_dim, 2, device=position_ids.device, dtype=torch.float32)
+    inverse_frequency = 1.0 / (config.rope_parameters["rope_theta"] ** (channels / config.head_dim))
+    angles = position_ids[:, None, :, None].float() * inverse_frequency
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate (B, H, T, d) by minus the angle, halves not interleaved (nanochat's sign, not Llama's)."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Plain attention, the reference of the faster backends; returns (B, T, H, d) and the weights (B, H, T, S)."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class NanoChatHFAttention(nn.Module):
+    """Causal attention with rotary positions, then QK norm; values optionally mixed with a value embedding."""
+
+    def __init__(self, config: NanoChatHFConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        # q and k are each multiplied by qk_scale after their norm: folded into the scaling of their product.
+        self.scaling = config.qk_scale**2 * self.head_dim**-0.5
+        self.is_causal = True
+        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+        width, q_width = config.hidden_size, config.num_attention_heads * self.head_dim
+        kv_width = config.num_key_value_heads * self.head_dim
+        self.q_proj = linear(width, q_width, matrix_initializer(config, width, q_width))
+        self.k_proj = linear(width, kv_width, matrix_initializer(config, width, kv_width))
+        self.v_proj = linear(width, kv_width, matrix_initializer(config, width, kv_width))
+        self.o_proj = linear(q_width, width, init.zeros_)
+        if config.has_value_embedding(layer_idx):
+            gate_initializer = partial(init.uniform_, a=0.0, b=0.02)
+            self.ve_gate = linear(VALUE_GATE_CHANNELS, config.num_key_value_heads, gate_initializer)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        value_embedding: torch.Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch_time = hidden_states.shape[:-1]
+        heads = (*batch_time, -1, self.head_dim)
+        q = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # (B, H, T, d)
+        k = self.k_proj(hidden_states).view(heads).transpose(1, 2)  # (B, K, T, d)
+        v = self.v_proj(hidden_states).view(heads)  # (B, T, K, d)
+        if value_embedding is not None:
+            gate = 3 * torch.sigmoid(self.ve_gate(hidden_states[..., :VALUE_GATE_CHANNELS]))  # (B, T, K)
+            v = v + gate.unsqueeze(-1) * value_embedding.view(heads)
+        v = v.transpose(1, 2)
+        q, k = rms_norm(apply_rotary(q, *position_embeddings)), rms_norm(apply_rotary(k, *position_embeddings))
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        out, weights = attention(
+            self, q, k, v, attention_mask, scaling=self.scaling, sliding_window=self.sliding_window, **kwargs
+        )
+        return self.o_proj(out.reshape(*batch_time, -1)), weights
+
+
+class NanoChatHFMLP(nn.Module):
+    """Two matrices with a squared ReLU between them."""
+
+    def __init__(self, config: NanoChatHFConfig):
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        self.fc1 = linear(width, inner, matrix_initializer(config, width, inner, scale=0.4))
+        self.fc2 = linear(inner, width, init.zeros_)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+class NanoChatHFDecoderLayer(GradientCheckpointingLayer):
+    """One block: attention and MLP, each on the normed stream, each added to it."""
+
+    def __init__(self, config: NanoChatHFConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = NanoChatHFAttention(config, layer_idx)
+        self.mlp = NanoChatHFMLP(config)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        hidden_states = hidden_states + self.self_attn(rms_norm(hidden_states), **kwargs)[0]
+        return hidden_states + self.mlp(rms_norm(hidden_states))
+
+
+class NanoChatHFPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know about the architecture, and the initialisation of each leaf module."""
+
+    config_class = NanoChatHFConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["NanoChatHFDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": NanoChatHFDecoderLayer, "attentions": NanoChatHFAttention}
+
+    def _init_weights(self, module: nn.Module) -> None:
+        initializer = getattr(module, "initializer", None)
+        if initializer is not None:
+            initializer(module.weight)
+        elif isinstance(module, NanoChatHFModel):
+            module.init_scalars()
+
+
+class NanoChatHFModel(NanoChatHFPreTrainedModel):
+    """The backbone: token ids to hidden states (B, T, D), already through the final norm."""
+
+    def __init__(self, config: NanoChatHFConfig):
+        super().__init__(config)
+        width, num_layers = config.hidden_size, config.num_hidden_layers
+        token_std = 0.8 if config.architecture == "2026-07" else 1.0
+        self.embed_tokens = embedding(config.vocab_size, width, partial(init.normal_, std=token_std))
+        self.layers = nn.ModuleList(NanoChatHFDecoderLayer(config, i) for i in range(num_layers))
+        if config.use_value_embeddings:
+            bound, kv_width = math.sqrt(3 / width), config.num_key_value_heads * config.head_dim
+            self.value_embeds = nn.ModuleDict(
+                {
+                    str(i): embedding(config.vocab_size, kv_width, partial(init.uniform_, a=-bound, b=bound))
+                    for i in range(num_layers)
+                    if config.has_value_embedding(i)
+                }
+            )
+        if config.use_residual_scalars:
+            self.resid_lambdas = nn.Parameter(torch.empty(num_layers))
+            self.x0_lambdas = nn.Parameter(torch.empty(num_layers))
+        if config.use_smear:
+            self.smear_gate = linear(SMEAR_CHANNELS, 1, partial(init.uniform_, a=0.0, b=0.02))
+            self.smear_lambda = nn.Parameter(torch.empty(1))
+        if config.use_backout:
+            self.backout_lambda = nn.Parameter(torch.empty(1))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def init_scalars(self) -> None:
+        """Initialise the parameters this module owns itself."""
+        depth = torch.linspace(0, 1, self.config.num_hidden_layers)
+        if self.config.use_residual_scalars:
+            init.copy_(self.resid_lambdas, 1.15 - 0.10 * depth)
+            init.copy_(self.x0_lambdas, 0.20 - 0.15 * depth)
+        if self.config.use_smear:
+            init.zeros_(self.smear_lambda)
+        if self.config.use_backout:
+            init.constant_(self.backout_lambda, 0.2)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embed_tokens = value
+
+    @staticmethod
+    def create_masks(config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs) -> dict:
+        """One mask a kind of layer; the last layer is always full, so its cache sizes the full mask."""
+        arguments = {
+            "config": config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "position_ids": position_ids,
+        }
+        masks = {"full_attention": create_causal_mask(layer_idx=config.num_hidden_layers - 1, **arguments)}
+        if "sliding_attention" in config.layer_types:
+            masks["sliding_attention"] = create_sliding_window_causal_mask(**arguments)
+        return masks
+
+    def smear(self, x, attention_mask, position_ids, past_key_values) -> torch.Tensor:
+        """Mix the left neighbour's embedding into each position; documents and padding do not leak.
+
+        Args:
+            x: normed embeddings (B, T, D).
+            attention_mask: (B, seen + T) with 0 at padding, or None.
+            position_ids: (B or 1, T); a position 0 starts a document and has no neighbour.
+            past_key_values: its last layer keeps the last embedding between calls.
+        """
+        states = x.transpose(1, 2)  # (B, D, T)
+        if past_key_values is not None:
+            last_layer = self.config.num_hidden_layers - 1
+            states = past_key_values.update_conv_state(states, last_layer, conv_kernel_size=1)
+        states = F.pad(states, (x.shape[1] + 1 - states.shape[-1], 0))
+        previous = states[..., :-1].transpose(1, 2)  # (B, T, D)
+        has_previous = (position_ids != 0).unsqueeze(-1)
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            padded = F.pad(attention_mask, (1, 0))[:, -x.shape[1] - 1 : -1]
+            has_previous = has_previous & (padded != 0).unsqueeze(-1)
+        gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))  # (B, T, 1)
+        return x + gate * (previous * has_previous)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of a batch.
+
+        Args:
+            input_ids: (B, T). The 2026-07 generation needs them even beside `inputs_embeds`, for value embeddings.
+            attention_mask: (B, seen + T), 0 at padding; None means no padding.
+            position_ids: (B or 1, T). Without a mask and a cache, restarting positions part packed documents.
+            past_key_values: a cache made by `DynamicCache(config=model.config)` or by `generate`.
+            inputs_embeds: (B, T, D) instead of the token embedding.
+
+        Raises:
+            ValueError: neither input_ids nor inputs_embeds, or embeddings alone where value embeddings need ids.
+        """
+        if input_ids is None and (inputs_embeds is None or self.config.use_value_embeddings):
+            raise ValueError("input_ids are needed (value embeddings look tokens up, inputs_embeds alone will not do)")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if torch.is_autocast_enabled(inputs_embeds.device.type):
+            # The residual stream runs in the compute dtype, as in nanochat, not in the embedding's fp32.
+            inputs_embeds = inputs_embeds.to(torch.get_autocast_dtype(inputs_embeds.device.type))
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        masks = attention_mask
+        if not isinstance(attention_mask, dict):  # generate prepares the masks itself for compiled static caches
+            masks = self.create_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+
+        x = rms_norm(inputs_embeds)
+        if self.config.use_smear:
+            x = self.smear(x, attention_mask, position_ids, past_key_values)
+        x0, middle = x, self.config.num_hidden_layers // 2
+        rotary = rotary_tables(self.config, position_ids, x.dtype)
+        for i, layer in enumerate(self.layers):
+            if self.config.use_residual_scalars:
+                x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
+            value_embedding = None
+            if self.config.has_value_embedding(i):
+                value_embedding = self.value_embeds[str(i)](input_ids).to(x.dtype)
+            sliding = self.config.layer_types[i] == "sliding_attention"
+            x = layer(
+                x,
+                attention_mask=masks["sliding_attention" if sliding else "full_attention"],
+                position_embeddings=rotary,
+                value_embedding=value_embedding,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            if self.config.use_backout and i == middle:
+                x_middle = x
+        if self.config.use_backout:
+            x = x - self.backout_lambda.to(x.dtype) * x_middle
+        return BaseModelOutputWithPast(last_hidden_state=rms_norm(x), past_key_values=past_key_values)
+
+
+class SoftcappedCrossEntropy(torch.autograd.Function):
+    """Summed cross entropy of softcapped logits, chunk by chunk: the (tokens, vocabulary) logits never exist whole.
+
+    The gradients are computed in the forward pass, while a chunk's logits are still in the cache; the backward pass
+    only scales them.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, softcap, chunk_tokens):
+        compute_weight = weight.to(hidden.dtype)
+        needs_grad = hidden.requires_grad or weight.requires_grad
+        losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        if needs_grad:
+            hidden_grad = torch.empty_like(hidden)
+            weight_grad = torch.zeros_like(weight, dtype=torch.float32)
+        for start in range(0, hidden.shape[0], chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            h, target = hidden[chunk], targets[chunk, None]
+            used = target != -100
+            target = target.clamp(min=0)
+            saturation = (h @ compute_weight.T).float().div_(softcap).tanh_()  # (chunk, V)
+            logits = saturation * softcap
+            log_normalizer = logits.logsumexp(-1, keepdim=True)
+            losses[chunk] = ((log_normalizer - logits.gather(1, target)) * used).squeeze(1)
+            if needs_grad:
+                grad = logits.sub_(log_normalizer).exp_()  # softmax
+                grad.scatter_add_(1, target, torch.full_like(log_normalizer, -1.0))
+                grad.mul_(saturation.square_().neg_().add_(1.0)).mul_(used)  # through the softcap
+                grad = grad.to(hidden.dtype)
+                hidden_grad[chunk] = grad @ compute_weight
+                weight_grad += grad.T @ h
+        if needs_grad:
+            ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
+
+    @staticmethod
+    def backward(ctx, grad_sum, _):
+        hidden_grad, weight_grad = ctx.saved_tensors
+        return hidden_grad * grad_sum.to(hidden_grad.dtype), weight_grad * grad_sum, None, None, None
+
+
+def softcapped_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, softcap: float, chunk_tokens: int = 512
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross entropy of `softcap * tanh(hidden @ weight.T / softcap)` against `targets`, without whole logits.
+
+    Args:
+        hidden: (..., D) states after the final norm, in the compute dtype.
+        weight: (V, D) of the head; cast to the compute dtype once.
+        targets: (...) token ids, -100 where there is none.
+
+    Returns:
+        The sum in nats over real targets (differentiable) and the losses (...) in fp32, 0 where there is no target.
+    """
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    total, losses = SoftcappedCrossEntropy.apply(flat, weight, targets.reshape(-1), softcap, chunk_tokens)
+    return total, losses.view(targets.shape)
+
+
+class NanoChatHFForCausalLM(NanoChatHFPreTrainedModel, GenerationMixin):
+    """The language model: backbone, untied head, softcapped fp32 logits."""
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    create_masks_for_generate = staticmethod(NanoChatHFModel.create_masks)
+
+    def __init__(self, config: NanoChatHFConfig):
+        super().__init__(config)
+        self.model = NanoChatHFModel(config)
+        self.vocab_size = config.vocab_size
+        head_initializer = init.zeros_ if config.architecture == "2025-10" else partial(init.normal_, std=0.001)
+        self.lm_head = linear(config.hidden_size, config.vocab_size, head_initializer)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        shift_labels: torch.LongTensor | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        skip_logits: bool = False,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T, V) in fp32 and, given labels, the loss.
+
+        Args:
+            labels: (B, T) token ids, shifted inside; -100 is ignored.
+            shift_labels: (B, T) labels already shifted: position t's target is the token after t.
+            num_items_in_batch: divisor of the summed loss; the number of targets by default.
+            logits_to_keep: compute only the last so many positions' logits.
+            skip_logits: with labels, return the loss alone; the logits are then never in memory.
+
+        The other arguments are `NanoChatHFModel.forward`'s. A batch without any target has loss 0.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden, softcap = outputs.last_hidden_state, self.config.final_logit_softcapping
+        loss = logits = None
+        if labels is not None and shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
+        if shift_labels is not None:
+            total, _ = softcapped_cross_entropy(hidden, self.lm_head.weight, shift_labels, softcap)
+            if num_items_in_batch is None:
+                num_items_in_batch = (shift_labels != -100).sum().clamp(min=1)
+            loss = total / num_items_in_batch
+        if not (skip_logits and loss is not None):
+            logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep)).float()
+            logits = softcap * torch.tanh(logits / softcap)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["NanoChatHFPreTrainedModel", "NanoChatHFModel", "NanoChatHFForCausalLM"]
