@@ -1,0 +1,232 @@
+"""Words and sentence patterns of the arithmetic problems: words are shared by both splits, patterns by none.
+
+{n} is the hero, {he} {him} {his} the pronouns, {other} someone of the other pronoun; {a} {b} {c} {x} are numbers that
+matter, {d} one that does not. Patterns of one slot mean the same, so any can be swapped for any; those for test say
+with training's words what training never says in that order.
+"""
+
+MEN = ("Tom", "Ben", "Sam", "Jack", "Leo", "Max", "Omar", "Paul", "Adam", "David", "Peter", "Noah")
+WOMEN = ("Anna", "Lucy", "Mia", "Emma", "Nora", "Rosa", "Ivy", "Sara", "Julia", "Maria", "Laura", "Clara")
+THINGS = (
+    *(("apple", "apples"), ("book", "books"), ("coin", "coins"), ("shell", "shells"), ("stamp", "stamps")),
+    *(("pencil", "pencils"), ("card", "cards"), ("button", "buttons"), ("stone", "stones"), ("flower", "flowers")),
+    *(("orange", "oranges"), ("ticket", "tickets"), ("bead", "beads"), ("cookie", "cookies"), ("toy", "toys")),
+    *(("cup", "cups"), ("lemon", "lemons"), ("key", "keys"), ("ball", "balls"), ("candle", "candles")),
+)
+BOXES = (("box", "boxes"), ("bag", "bags"), ("basket", "baskets"), ("jar", "jars"), ("crate", "crates"))
+PLACES = ("market", "school", "park", "library", "beach", "station", "garden", "museum", "farm", "office")
+EARLY_DAYS = ("Monday", "Tuesday", "Wednesday")
+LATE_DAYS = ("Thursday", "Friday", "Saturday")
+GAINED = ("found", "got", "bought", "collected", "received")
+LOST = ("lost", "sold", "gave away")
+
+PATTERNS = {
+    "start": {
+        "train": [
+            "{n} had {a} {things}.",
+            "There were {a} {things} in {n}'s {box}.",
+            "{n} had {a} {things} at home.",
+            "On {early_day} {n} had {a} {things}.",
+            "{n} had a {box} with {a} {things}.",
+        ],
+        "test": [
+            "In {n}'s {box} there were {a} {things}.",
+            "At home {n} had {a} {things}.",
+            "{n} had {a} {things} on {early_day}.",
+            "{n} had {a} {things} in a {box}.",
+        ],
+    },
+    "gain": {
+        "train": [
+            "{He} {gained} {x} more.",
+            "Then {he} {gained} {x} more {things}.",
+            "{other} gave {him} {x} {things}.",
+            "{He} {gained} {x} {things} at the {place}.",
+            "On {late_day} {he} {gained} another {x} {things}.",
+            "{He} got {x} more from {other}.",
+        ],
+        "test": [
+            "At the {place} {he} {gained} {x} more.",
+            "Then {other} gave {him} {x} more {things}.",
+            "{He} {gained} another {x} {things} on {late_day}.",
+            "From {other} {he} got {x} {things}.",
+        ],
+    },
+    "lose": {
+        "train": [
+            "{He} {lost} {x} of them.",
+            "Then {he} {lost} {x} {things}.",
+            "{He} gave {x} {things} to {other}.",
+            "{He} {lost} {x} of the {things} at the {place}.",
+            "On {late_day} {he} {lost} {x} {things}.",
+        ],
+        "test": [
+            "At the {place} {he} {lost} {x} of them.",
+            "Then {he} gave {other} {x} of the {things}.",
+            "{He} {lost} {x} {things} on {late_day}.",
+            "{He} gave {other} {x} {things} on {late_day}.",
+        ],
+    },
+    "lose_of": {
+        "train": [
+            "{n} {lost} {x} of {his} {a} {things}.",
+            "On {early_day} {n} {lost} {x} of {his} {a} {things}.",
+            "{n} had {a} {things} but {lost} {x} of them.",
+        ],
+        "test": [
+            "{n} {lost} {x} of {his} {a} {things} at the {place}.",
+            "Of {his} {a} {things}, {n} {lost} {x}.",
+            "{n} gave {other} {x} of {his} {a} {things}.",
+        ],
+    },
+    "ask_now": {
+        "train": [
+            "How many {things} does {n} have now?",
+            "How many {things} does {he} have now?",
+            "How many {things} does {he} have in the end?",
+        ],
+        "test": [
+            "Now how many {things} does {n} have?",
+            "In the end, how many {things} does {he} have?",
+            "How many {things} does {n} now have?",
+        ],
+    },
+    "has": {
+        "train": ["{n} has {a} {things}.", "There are {a} {things} in {n}'s {box}.", "{n} has {a} {things} at home."],
+        "test": ["In {n}'s {box} there are {a} {things}.", "At home {n} has {a} {things}."],
+    },
+    "has_more": {
+        "train": ["{other} has {x} more than {n}.", "{other} has {x} more {things} than {he} does."],
+        "test": ["{other} has {x} {things} more than {n}.", "{other} has {x} more than {n} does."],
+    },
+    "has_fewer": {
+        "train": ["{other} has {x} fewer than {n}.", "{other} has {x} fewer {things} than {he} does."],
+        "test": ["{other} has {x} {things} fewer than {n}.", "{other} has {x} fewer than {n} does."],
+    },
+    "ask_other": {
+        "train": ["How many {things} does {other} have?", "How many {things} are there in {other}'s {box}?"],
+        "test": ["So how many {things} does {other} have?", "In {other}'s {box}, how many {things} are there?"],
+    },
+    "both_have": {
+        "train": [
+            "{n} has {a} {things} and {other} has {b}.",
+            "{n} has {a} {things}. {other} has {b} {things}.",
+            "There are {a} {things} in {n}'s {box} and {b} in {other}'s.",
+        ],
+        "test": [
+            "{n} has {a} {things} and {other} has {b} {things}.",
+            "In {n}'s {box} there are {a} {things} and in {other}'s {b}.",
+            "At home {n} has {a} {things}, and {other} has {b}.",
+        ],
+    },
+    "ask_difference": {
+        "train": [
+            "How many more {things} does {n} have than {other}?",
+            "How many more {things} does {n} have?",
+            "How many fewer {things} does {other} have than {n}?",
+        ],
+        "test": [
+            "How many more {things} than {other} does {n} have?",
+            "How many fewer {things} does {other} have?",
+            "{n} has how many more {things} than {other}?",
+        ],
+    },
+    "ask_together": {
+        "train": ["How many {things} do they have together?", "How many {things} do {n} and {other} have in all?"],
+        "test": [
+            "Together, how many {things} do they have?",
+            "How many {things} do they have in all?",
+            "How many {things} do {n} and {other} have together?",
+        ],
+    },
+    "groups": {
+        "train": [
+            "{n} had {a} {boxes} with {b} {things} in each.",
+            "There were {a} {boxes} with {b} {things} in each {box} at {n}'s home.",
+            "{n} {gained} {a} {boxes} of {b} {things} each.",
+        ],
+        "test": [
+            "At home {n} had {a} {boxes} with {b} {things} in each {box}.",
+            "{n} {gained} {a} {boxes} with {b} {things} in each.",
+            "{n} had {a} {boxes} of {b} {things} each.",
+        ],
+    },
+    "groups_each_first": {
+        "train": [
+            "There were {b} {things} in each {box}, and {n} had {a} {boxes}.",
+            "{n} {gained} {b} {things} every day for {a} days.",
+            "{n} put {b} {things} in each of {a} {boxes}.",
+        ],
+        "test": [
+            "In each {box} there were {b} {things}, and {n} had {a} {boxes}.",
+            "Every day {n} {gained} {b} {things}, for {a} days.",
+            "{n} had {b} {things} in each of {a} {boxes}.",
+        ],
+    },
+    "ask_all": {
+        "train": ["How many {things} were there in all?", "How many {things} is that in all?"],
+        "test": ["In all, how many {things} were there?", "In all, how many {things} is that?"],
+    },
+    "price": {
+        "train": ["One {thing} costs {b} dollars.", "At the {place} a {thing} costs {b} dollars."],
+        "test": ["Each {thing} costs {b} dollars at the {place}.", "For one {thing} {n} pays {b} dollars."],
+    },
+    "ask_price": {
+        "train": ["How many dollars do {a} {things} cost?", "How many dollars does {n} pay for {a} {things}?"],
+        "test": ["For {a} {things}, how many dollars does {n} pay?", "{n} buys {a} {things} for how many dollars?"],
+    },
+    "money": {
+        "train": [
+            "{n} has {c} dollars and buys {a} {things} for {b} dollars each.",
+            "{n} buys {a} {things} that cost {b} dollars each, and pays with {c} dollars.",
+            "{n} had {c} dollars. At the {place} {he} bought {a} {things} for {b} dollars each.",
+        ],
+        "test": [
+            "With {c} dollars {n} buys {a} {things} for {b} dollars each.",
+            "At the {place} {n} buys {a} {things} that cost {b} dollars each. {He} had {c} dollars.",
+        ],
+    },
+    "ask_money": {
+        "train": ["How many dollars are left?", "How many dollars does {n} have left?"],
+        "test": ["How many dollars does {he} have in the end?", "Now how many dollars are left?"],
+    },
+    "share": {
+        "train": [
+            "{n} shares {a} {things} equally among {b} friends.",
+            "{n} puts {a} {things} into {b} {boxes}, the same number in each.",
+            "{n} gives {a} {things} to {b} friends, the same number to each.",
+        ],
+        "test": [
+            "Among {b} friends {n} shares {a} {things} equally.",
+            "Into {b} {boxes} {n} puts {a} {things}, the same number in each {box}.",
+            "{n} has {a} {things} and shares them equally among {b} friends.",
+        ],
+    },
+    "share_all": {
+        "train": [
+            "Then {he} shares all of them equally among {b} friends.",
+            "{He} puts them all equally into {b} {boxes}.",
+        ],
+        "test": ["Among {b} friends {he} shares all of them equally.", "Then {he} puts them equally into {b} {boxes}."],
+    },
+    "ask_each": {
+        "train": ["How many {things} does each get?", "How many {things} go to each?"],
+        "test": ["How many {things} is that for each?", "Each gets how many {things}?"],
+    },
+    "distract_person": {
+        "train": ["{other} is {d} years old.", "{n} is {d} years old.", "{other} has {d} {other_things}."],
+        "test": ["{other} has {d} {other_things} at home.", "At home {other} has {d} {other_things}."],
+    },
+    "distract_place": {
+        "train": [
+            "The {place} is {d} miles away.",
+            "It took {d} minutes to get to the {place}.",
+            "There are {d} people at the {place}.",
+        ],
+        "test": [
+            "It is {d} miles to the {place}.",
+            "To get to the {place} it took {d} minutes.",
+            "At the {place} there are {d} people.",
+        ],
+    },
+}
