@@ -45,7 +45,7 @@ LETTER_QUESTIONS = {
         'How many times does the letter "{letter}" occur in "{word}"?',
         'Count the letter "{letter}" in the word "{word}".',
         'How often does the letter "{letter}" occur in "{word}"?',
-        'In the word "{word}", how often is there the letter "{letter}"?',
+        'In the word "{word}", how often does the letter "{letter}" occur?',
     ),
     "test": (
         'In "{word}", how many times does the letter "{letter}" occur?',
@@ -90,7 +90,7 @@ def multiple_choice_questions(split: str, num_rows: int, seed: int = 0) -> list[
             continue
         choices = [right, *wrong]
         rng.shuffle(choices)
-        rows[question, *choices] = {"question": question, "choices": choices, "answer": choices.index(right)}
+        rows[(question, *choices)] = {"question": question, "choices": choices, "answer": choices.index(right)}
     return list(rows.values())
 
 
