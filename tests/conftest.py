@@ -71,6 +71,6 @@ def tiny_model(tiny_tokenizer):
     model = NanoChatHFForCausalLM(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.std() < 0.01 or parameter.numel() == 1:
+            if parameter.numel() == 1 or parameter.std() < 0.01:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
