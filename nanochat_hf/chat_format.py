@@ -104,7 +104,7 @@ def _part_spans(index: int, content: str | Sequence[dict] | None) -> list[Span]:
         if part_type not in PART_TOKENS or not isinstance(part.get("text"), str):
             close = difflib.get_close_matches(str(part_type), PART_TOKENS, n=1, cutoff=0.0)[0]
             raise ValueError(
-                f"message {index}: an assistant's content parts are {{'type': text|python|python_output, 'text': str}}, "
+                f"message {index}: an assistant's parts are {{'type': text|python|python_output, 'text': str}}, "
                 f"got {part!r:.200}; did you mean type {close!r}?"
             )
         spans += _tool_spans(part_type, part["text"])

@@ -24,7 +24,8 @@ MAX_TOKEN_BYTES = 1000  # splitting a token takes time by the square of its leng
 # What pickling an Encoding's dict of names, bytes and numbers needs, in protocols 3 to 5.
 ALLOWED_OPCODES = frozenset(
     "PROTO FRAME STOP MARK MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET EMPTY_DICT EMPTY_TUPLE SETITEM SETITEMS "
-    "SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES BININT BININT1 BININT2 GLOBAL STACK_GLOBAL NEWOBJ BUILD".split()
+    "SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES BININT BININT1 BININT2 GLOBAL STACK_GLOBAL NEWOBJ "
+    "BUILD".split()
 )
 FIELDS = {"name": str, "pat_str": str, "mergeable_ranks": dict, "special_tokens": dict}
 

@@ -1,0 +1,113 @@
+"""The first stage of a run: text in, `<run_dir>/tokenizer/` out, compared with other tokenizers.
+
+python scripts/train_tokenizer.py --config recipes/tiny/tokenizer.yaml
+"""
+
+import dataclasses
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from nanochat_hf.configs import TokenizerConfig
+from nanochat_hf.data.corpus import load_corpus
+from nanochat_hf.stage import Stage
+from nanochat_hf.tokenizer import (
+    SPECIAL_TOKENS,
+    check_vocab_size,
+    encode_text,
+    load_tokenizer,
+    token_byte_lengths,
+    train_bpe,
+)
+from nanochat_hf.tokenizer_evaluation import evaluate_tokenizer, evaluation_tables
+
+EVALUATED_CHARS = 1_000_000  # of the train and of the validation split each
+
+
+class CappedDocuments:
+    """Documents cut at `max_document_chars`, until `max_chars` characters have come; counts what it gave."""
+
+    def __init__(self, documents: Iterable[str], max_chars: int, max_document_chars: int):
+        self.documents, self.max_chars, self.max_document_chars = documents, max_chars, max_document_chars
+        self.num_documents = self.num_chars = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for document in self.documents:
+            document = document[: min(self.max_document_chars, self.max_chars - self.num_chars)]
+            self.num_documents += 1
+            self.num_chars += len(document)
+            yield document
+            if self.num_chars >= self.max_chars:
+                return
+
+
+def train_tokenizer(config: TokenizerConfig) -> PreTrainedTokenizerFast:
+    """Train a tokenizer on the train split, save it to `<run_dir>/tokenizer`, record settings and results.
+
+    A finished stage is not repeated: its tokenizer is loaded.
+
+    Raises:
+        ValueError: a setting out of range, text that cannot fill the vocabulary, or a `run_dir` of another recipe.
+    """
+    settings = dataclasses.asdict(config)
+    folder = Path(settings.pop("run_dir")) / "tokenizer"
+    check_vocab_size(config.vocab_size)
+    for name in ("max_chars", "max_document_chars"):
+        if settings[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {settings[name]}")
+    stage = Stage(config.run_dir, "tokenizer", settings)
+    if stage.finished and folder.is_dir():
+        print(f"tokenizer: already trained, {folder} (--fresh in run.sh starts over)")
+        return load_tokenizer(folder)
+    with stage:
+        documents = CappedDocuments(load_corpus(config.dataset, "train"), config.max_chars, config.max_document_chars)
+        print(f"tokenizer: learning {config.vocab_size:,} tokens from {config.dataset}", flush=True)
+        started = time.perf_counter()
+        tokenizer = train_bpe(documents, config.vocab_size, show_progress=sys.stderr.isatty())
+        train_seconds = time.perf_counter() - started
+        lengths = token_byte_lengths(tokenizer)
+        lengths = lengths[lengths > 0].double()  # special tokens stand for no bytes
+        evaluation = evaluate_tokenizer(
+            tokenizer, {split: _opening_text(config.dataset, split) for split in ("train", "validation")}
+        )
+        stage.results |= {
+            "vocab_size": len(tokenizer),
+            "num_special_tokens": len(SPECIAL_TOKENS),
+            "num_documents": documents.num_documents,
+            "num_chars": documents.num_chars,
+            "train_seconds": train_seconds,
+            "token_bytes_min": int(lengths.min()),
+            "token_bytes_max": int(lengths.max()),
+            "token_bytes_mean": float(lengths.mean()),
+            "token_bytes_std": float(lengths.std()),
+            "bytes_per_token": evaluation["rows"][-1]["bytes_per_token"],  # of the validation text
+            "evaluation": evaluation,
+        }
+        _save(tokenizer, folder)
+    print(
+        f"tokenizer: {len(tokenizer):,} tokens from {documents.num_documents:,} documents "
+        f"({documents.num_chars:,} characters) in {train_seconds:.1f} s\n\n{evaluation_tables(evaluation)}\n\n"
+        f"saved to {folder}"
+    )
+    return tokenizer
+
+
+def _opening_text(dataset: str, split: str) -> str:
+    """The first `EVALUATED_CHARS` characters of a split."""
+    return "\n".join(CappedDocuments(load_corpus(dataset, split), EVALUATED_CHARS, EVALUATED_CHARS))
+
+
+def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write beside the folder, check, and rename: the folder is whole or not there."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    tokenizer.save_pretrained(partial)
+    probe = "".join(SPECIAL_TOKENS) + " 12345 naïve \u4f60\u597d\n\t\x00"
+    if encode_text(load_tokenizer(partial), probe) != encode_text(tokenizer, probe):
+        raise RuntimeError(f"the tokenizer written to {partial} encodes otherwise than the trained one")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
