@@ -36,6 +36,40 @@ class TokenizerConfig(CorpusConfig):
 
 
 @dataclass
+class PretrainConfig(CorpusConfig):
+    """Pretraining: one dial, `depth`; None means derived by `scaling.py`."""
+
+    depth: int = field(default=20, metadata={"help": "number of layers; width, heads, tokens and rates follow"})
+    architecture: Literal["2026-07", "2025-10"] = field(default="2026-07", metadata={"help": "nanochat generation"})
+    sequence_length: int = field(default=2048, metadata={"help": "tokens of a row, T"})
+    head_dim: int = field(default=128, metadata={"help": "width of an attention head"})
+    window_pattern: str | None = field(
+        default=None, metadata={"help": "letters S (short window) and L (full) tiled over the layers (2026-07: SSSL)"}
+    )
+    tokens_per_parameter: float | None = field(
+        default=None, metadata={"help": "horizon: training tokens per scaling parameter (2026-07: 12, 2025-10: 20)"}
+    )
+    num_steps: int | None = field(default=None, metadata={"help": "optimizer steps, instead of the horizon"})
+    total_batch_tokens: int | None = field(default=None, metadata={"help": "tokens of one optimizer step"})
+    device_batch_size: int = field(default=32, metadata={"help": "rows of one forward pass on one device"})
+    learning_rates: dict | None = field(
+        default=None, metadata={"help": "nominal rates by optimizer group instead of the architecture's: {matrix: 0.02}"}
+    )
+    eval_every_steps: int = field(default=250, metadata={"help": "steps between validations; 0 = first and last only"})
+    eval_tokens: int = field(default=10_485_760, metadata={"help": "tokens of one validation"})
+    sample_every_steps: int = field(default=0, metadata={"help": "steps between samples of the seven prompts; 0 = end"})
+    save_every_steps: int = field(default=1000, metadata={"help": "steps between resumable checkpoints; 0 = none"})
+    save_total_limit: int = field(default=1, metadata={"help": "checkpoints kept"})
+    log_every_steps: int = field(default=10, metadata={"help": "steps between lines of the curve"})
+    num_shards: int | None = field(default=None, metadata={"help": "use only the first so many training shards"})
+    compile: bool | None = field(
+        default=None, metadata={"help": "torch.compile the model; by default on a GPU, and on a CPU for long runs"}
+    )
+    tracker: str | None = field(default=None, metadata={"help": "trackio or wandb, through Accelerate; off by default"})
+    seed: int = field(default=42, metadata={"help": "of the initialisation"})
+
+
+@dataclass
 class PostTrainingConfig:
     """What midtraining, SFT and RL share, beside TRL's own settings in the same recipe."""
 
@@ -100,3 +134,24 @@ class ReportConfig:
     hourly_rate: float | None = field(
         default=None, metadata={"help": "price of the machine in US dollars an hour; the report then states the cost"}
     )
+
+
+@dataclass
+class ChatConfig:
+    """A conversation in the terminal."""
+
+    model: str = field(default="runs/tiny/rl", metadata={"help": "a model folder, or a Hub id (user/name)"})
+    prompt: str | None = field(
+        default=None, metadata={"help": "answer this and leave; piped standard input is answered in the same way"}
+    )
+    system: str | None = field(default=None, metadata={"help": "instructions put before the first message"})
+    temperature: float = field(default=0.6, metadata={"help": "0 = always the likeliest token"})
+    top_k: int = field(default=50, metadata={"help": "draw from the k likeliest tokens; 0 = from all"})
+    top_p: float | None = field(
+        default=None, metadata={"help": "draw from the likeliest tokens that together reach this probability"}
+    )
+    repetition_penalty: float = field(
+        default=1.0, metadata={"help": "above 1, tokens seen before become less likely"}
+    )
+    max_new_tokens: int = field(default=512, metadata={"help": "longest answer, in tokens"})
+    seed: int | None = field(default=None, metadata={"help": "the same seed gives the same answers; none = by chance"})

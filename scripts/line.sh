@@ -68,7 +68,7 @@ start_line() {
     set_up_venv train,eval
     choose_launcher
     mkdir -p "$run_dir/logs" "$run_dir/eval" || fail "cannot write to $run_dir; choose another folder with --output_dir"
-    note session_start "$recipe"
+    note session_start "$(git rev-parse --short HEAD 2>/dev/null || echo -)$(git diff --quiet HEAD 2>/dev/null || echo ' (dirty)')"
     trap 'note session_end' EXIT
 }
 
@@ -119,5 +119,6 @@ stop_line() {
 }
 
 finish_line() {
+    note report_start
     python scripts/report.py --run_dir "$run_dir" "$@" || stop_line report $?
 }

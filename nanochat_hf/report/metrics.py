@@ -1,0 +1,116 @@
+"""The run's figures for machines: `metrics.json`, one object, a key a stage; stages that did not run are not in it."""
+
+import math
+
+from .run_records import RunRecords
+
+# What metrics.json names -> the chatcore task it comes from.
+CHAT_ACCURACIES = {
+    "multiple_choice_accuracy": "multiple_choice",
+    "arithmetic_accuracy": "arithmetic",
+    "letter_counting_accuracy": "letter_counting",
+}
+CHAT_STAGES = ("mid", "sft", "rl")
+
+
+def build_metrics(records: RunRecords, total_seconds: float) -> dict:
+    """All figures of a run: each stage's results with `seconds` and `peak_memory_mib`, and `total_seconds`.
+
+    `core` and `chatcore` hold their mean and one score a task (centered for CORE, accuracy for ChatCORE, there of the
+    last stage that was evaluated); `sft` and `rl` hold the accuracies of their own chat evaluation.
+    """
+    metrics: dict = {}
+    for name in ("tokenizer", "base", "mid", "sft", "rl"):
+        if name in records:
+            metrics[name] = scalars(records.results(name)) | records.cost(name)
+    if "base" in metrics and "base_loss" in records:
+        metrics["base"] |= {k: v for k, v in scalars(records.results("base_loss")).items() if k.endswith("_bpb")}
+    for stage in CHAT_STAGES:
+        if f"chatcore_{stage}" in records:
+            metrics.setdefault(stage, {}).update(chat_accuracies(records, stage))
+    if "rl" in metrics and (paired := compare_arithmetic(records, "sft", "rl")):
+        metrics["rl"]["paired_test_sft_to_rl"] = paired
+    if "core" in records:
+        centered = {name: task["centered"] for name, task in tasks_of(records, "core").items()}
+        metrics["core"] = {"core": records.results("core").get("core")} | centered | records.cost("core")
+    evaluated = [stage for stage in CHAT_STAGES if f"chatcore_{stage}" in records]
+    if evaluated:
+        name = f"chatcore_{evaluated[-1]}"
+        accuracy = {task: figures["accuracy"] for task, figures in tasks_of(records, name).items()}
+        mean = {"chatcore": records.results(name).get("chatcore")}
+        metrics["chatcore"] = mean | accuracy | {"stage": evaluated[-1]} | records.cost(name)
+    return metrics | {"total_seconds": total_seconds}
+
+
+def scalars(results: dict) -> dict:
+    """The figures among a stage's results: no lists, tables or text."""
+    return {
+        key: value for key, value in results.items() if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+
+
+def tasks_of(records: RunRecords, name: str) -> dict[str, dict]:
+    """Evaluated tasks of a record: name -> `accuracy`, `centered`, `num_items`, perhaps `correct` (0 or 1 an item)."""
+    return records.results(name).get("tasks", {})
+
+
+def find_task(records: RunRecords, name: str, kind: str) -> dict | None:
+    """The task of an evaluation whose name says it is of this kind: `arithmetic` matches `chatcore_mini_arithmetic`."""
+    return next((task for key, task in tasks_of(records, name).items() if key.endswith(kind)), None)
+
+
+def chat_accuracies(records: RunRecords, stage: str) -> dict:
+    """The embedded tasks' accuracies of a stage with their standard errors, and its ChatCORE."""
+    figures = {}
+    for key, kind in CHAT_ACCURACIES.items():
+        if task := find_task(records, f"chatcore_{stage}", kind):
+            figures[key] = task["accuracy"]
+            figures[key.replace("_accuracy", "_stderr")] = standard_error(task["accuracy"], task["num_items"])
+            figures["num_" + key.replace("_accuracy", "_problems")] = task["num_items"]
+    return figures | {"chatcore": records.results(f"chatcore_{stage}").get("chatcore")}
+
+
+def standard_error(accuracy: float, num_items: int) -> float:
+    """Standard error of a share of `num_items` right answers."""
+    return math.sqrt(accuracy * (1 - accuracy) / num_items) if num_items else math.nan
+
+
+def compare_arithmetic(records: RunRecords, before: str, after: str) -> dict | None:
+    """Exact paired test (McNemar) of two stages on the same arithmetic problems; None where either did not run.
+
+    Only problems on which the two differ say anything: were the stages equally good, each such problem would go either
+    way like a coin. `p_value` is the two-sided binomial probability of a split at least as uneven.
+
+    Raises:
+        ValueError: the two stages were not evaluated on the same number of problems.
+    """
+    flags = []
+    for stage in (before, after):
+        task = find_task(records, f"chatcore_{stage}", "arithmetic")
+        if task is None or "correct" not in task:
+            return None
+        flags.append([bool(flag) for flag in task["correct"]])
+    first, second = flags
+    if len(first) != len(second):
+        raise ValueError(
+            f"{before} was scored on {len(first)} arithmetic problems and {after} on {len(second)}: a paired test "
+            f"needs the same ones; delete eval/chatcore_{before}.json and eval/chatcore_{after}.json and evaluate again"
+        )
+    pairs = list(zip(first, second, strict=True))
+    only_before, only_after = pairs.count((True, False)), pairs.count((False, True))
+    return {
+        "num_problems": len(pairs),
+        "both_right": pairs.count((True, True)),
+        f"only_{before}_right": only_before,
+        f"only_{after}_right": only_after,
+        "both_wrong": pairs.count((False, False)),
+        "difference": (only_after - only_before) / max(len(pairs), 1),
+        "p_value": sign_test(only_before, only_after),
+    }
+
+
+def sign_test(losses: int, wins: int) -> float:
+    """Two-sided binomial p-value of `wins` against `losses` under equal chances, exact in integers."""
+    total = losses + wins
+    tail = sum(math.comb(total, k) for k in range(min(losses, wins) + 1))
+    return min(1.0, 2 * tail / 2**total)

@@ -1,0 +1,188 @@
+"""The report's sections in the order of nanochat's own training report, each made from one stage record.
+
+A section of a stage that did not run says so in one line; a figure that does not exist is "-". Settings stand under our
+names, as recipe and command line gave them; results the table below does not know follow under their own names.
+"""
+
+import time
+from collections.abc import Callable
+
+from ..tokenizer_evaluation import evaluation_tables
+from .formatting import bullets, duration, flatten, mebibytes, number, percent, quote, table
+from .metrics import standard_error, tasks_of
+from .published import CORE as PUBLISHED_CORE
+from .published import NAME as PUBLISHED_NAME
+from .run_records import RunRecords
+
+# record -> (key of a result, its name in the report, its format), in nanochat's order
+RESULTS: dict[str, list[tuple[str, str, Callable]]] = {
+    "tokenizer": [
+        ("vocab_size", "vocab_size", number),
+        ("num_special_tokens", "num_special_tokens", number),
+        ("train_seconds", "train_time", duration),
+        ("token_bytes_min", "token_bytes_min", number),
+        ("token_bytes_max", "token_bytes_max", number),
+        ("token_bytes_mean", "token_bytes_mean", number),
+        ("token_bytes_std", "token_bytes_std", number),
+    ],
+    "base": [
+        ("num_parameters", "Number of parameters", number),
+        ("flops_per_token", "Number of FLOPs per token", "{:e}".format),
+        ("num_steps", "Calculated number of iterations", number),
+        ("tokens", "Number of training tokens", number),
+        ("tokens_per_parameter", "Tokens : Params ratio", number),
+        ("world_size", "DDP world size", number),
+        ("untrained_val_bpb", "Validation bpb before training", number),
+        ("min_val_bpb", "Minimum validation bpb", number),
+        ("val_bpb", "Final validation bpb", number),
+        ("core", "CORE metric estimate", number),
+        ("mfu", "MFU %", percent),
+        ("total_flops", "Total training flops", "{:e}".format),
+        ("training_seconds", "Total training time", duration),
+        ("tokens_per_second", "Tokens per second", number),
+    ],
+    "mid": [
+        ("num_steps", "Number of iterations", number),
+        ("world_size", "DDP world size", number),
+        ("min_val_bpb", "Minimum validation bpb", number),
+        ("val_bpb", "Final validation bpb", number),
+    ],
+    "sft": [
+        ("num_rows", "Training rows", number),
+        ("num_steps", "Number of iterations", number),
+        ("train_loss", "Training loss", number),
+        ("val_loss", "Validation loss", number),
+    ],
+    "rl": [
+        ("num_problems", "Training problems", number),
+        ("num_steps", "Number of iterations", number),
+        ("reward_first", "Reward at the start", number),
+        ("reward_last", "Reward at the end", number),
+    ],
+}
+
+
+def stage_section(records: RunRecords, title: str, name: str) -> str:
+    """Settings and results of a training stage."""
+    if name not in records:
+        return not_run(title)
+    known = RESULTS[name]
+    results = dict(flatten(records.results(name)))
+    lines = [(label, "-" if results.get(key) is None else form(results[key])) for key, label, form in known]
+    cost = records.cost(name)
+    lines += [("Wall clock of the stage", duration(cost.get("seconds")))]
+    lines += [("Peak memory usage", mebibytes(cost.get("peak_memory_mib")))]
+    shown = {key for key, _, _ in known}
+    rest = [(key, number(value)) for key, value in results.items() if key not in shown and not is_table(key)]
+    return "\n\n".join(
+        [heading(records, title, name), settings(records, name), "**Results**\n\n" + bullets(lines + rest)]
+    )
+
+
+def is_table(key: str) -> bool:
+    """Whether a flattened result belongs to a table that has its own section."""
+    return key.split(".")[0] in ("evaluation", "samples", "comparison")
+
+
+def tokenizer_evaluation(records: RunRecords) -> str:
+    """Bytes per token by text type, beside GPT-2's and GPT-4's tokenizers."""
+    title = "Tokenizer evaluation"
+    if "tokenizer" not in records:
+        return not_run(title)
+    evaluation = records.results("tokenizer").get("evaluation")
+    tables = evaluation_tables(evaluation) if evaluation else "This run recorded no comparison."
+    return f"{heading(records, title, 'tokenizer')}\n\n{tables}"
+
+
+def base_loss(records: RunRecords) -> str:
+    """Bits per byte on both splits, and the seven prompts continued."""
+    title = "Base model loss"
+    if "base_loss" not in records:
+        return not_run(title)
+    results = records.results("base_loss")
+    lines = [("train bpb", number(results.get("train_bpb"))), ("val bpb", number(results.get("val_bpb")))]
+    texts = [
+        sample if isinstance(sample, str) else f"{sample['prompt']}{sample['completion']}"
+        for sample in results.get("samples", [])
+    ]
+    samples = "\n\n".join(f"sample {index}:\n\n{quote(text)}" for index, text in enumerate(texts))
+    return "\n\n".join([heading(records, title, "base_loss"), bullets(lines), samples or "No samples were recorded."])
+
+
+def base_evaluation(records: RunRecords) -> str:
+    """CORE and each task, with the published score of the same task beside it."""
+    title = "Base model evaluation"
+    if "core" not in records:
+        return not_run(title)
+    rows = [["CORE metric", number(records.results("core").get("core")), "-", "-", "-"]]
+    for name, task in tasks_of(records, "core").items():
+        published = PUBLISHED_CORE.get(name.removeprefix("core_"))
+        items = task.get("num_items")
+        rows.append([name, number(task["centered"]), number(task.get("accuracy")), number(items), number(published)])
+    header = ["Task", "Centered", "Accuracy", "Items", f"{PUBLISHED_NAME}, centered"]
+    parts = [heading(records, title, "core"), settings(records, "core"), table(header, rows)]
+    if not any(name.removeprefix("core_") in PUBLISHED_CORE for name in tasks_of(records, "core")):
+        parts.append(
+            "These are this project's embedded mini tasks: they exercise CORE's three kinds of question and "
+            "cannot be compared with anyone's CORE."
+        )
+    return "\n\n".join(parts)
+
+
+def chat_evaluation(records: RunRecords, stage: str) -> str:
+    """ChatCORE of a stage: accuracy a task with its standard error."""
+    title, name = f"Chat evaluation {stage}", f"chatcore_{stage}"
+    if name not in records:
+        return not_run(title)
+    rows = []
+    for task, figures in tasks_of(records, name).items():
+        accuracy, items = figures["accuracy"], figures.get("num_items")
+        error = number(standard_error(accuracy, items)) if items else "-"
+        rows.append([task, number(accuracy), error, number(figures.get("centered")), number(items)])
+    rows.append(["ChatCORE metric", "-", "-", number(records.results(name).get("chatcore")), "-"])
+    header = ["Task", "Accuracy", "Standard error", "Centered", "Problems"]
+    return "\n\n".join([heading(records, title, name), settings(records, name), table(header, rows)])
+
+
+def paired_test(paired: dict | None) -> str:
+    """Whether RL helped: the exact test on the problems where SFT and RL differ."""
+    if paired is None:
+        return "SFT and RL on the same problems: not compared, one of them was not evaluated."
+    return (
+        f"SFT and RL on the same {paired['num_problems']} arithmetic problems: both right {paired['both_right']}, "
+        f"only SFT right {paired['only_sft_right']}, only RL right {paired['only_rl_right']}, "
+        f"both wrong {paired['both_wrong']}; difference {paired['difference']:+.4f}, "
+        f"exact two-sided McNemar test p = {paired['p_value']:.3g}."
+    )
+
+
+def samples(records: RunRecords) -> str:
+    """The final model's answers."""
+    title = "Sample chat"
+    if "samples" not in records:
+        return not_run(title)
+    answers = records.results("samples")["answers"]
+    text = "\n\n".join(f"**{answer['question']}**\n\n{quote(answer['answer'])}" for answer in answers)
+    return f"{heading(records, title, 'samples')}\n\nModel: `{records.results('samples')['stage']}`, greedy.\n\n{text}"
+
+
+def settings(records: RunRecords, name: str) -> str:
+    """The explicit settings of a stage."""
+    said = [(key, number(value)) for key, value in flatten(records.settings(name)) if key != "run_dir"]
+    return "**Settings**\n\n" + (bullets(said) if said else "All at their defaults (nanochat_hf/configs.py).")
+
+
+def heading(records: RunRecords, title: str, name: str) -> str:
+    """Section title and when its stage finished, local time."""
+    finished = records.records[name].get("finished")
+    return f"## {title}\ntimestamp: {timestamp(finished)}"
+
+
+def not_run(title: str) -> str:
+    """The section of a stage that did not run."""
+    return f"## {title}\n\nThis run has not run this stage."
+
+
+def timestamp(seconds: float | None) -> str:
+    """Local date and time."""
+    return "-" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
