@@ -113,6 +113,8 @@ def test_report_has_every_section_in_nanochats_order(run_dir, capsys):
     assert not (run_dir / "plots" / "reward.png").exists()
     assert "| news | 100 | 50 | 2.00 | 40 | 2.50 | +20.0% |" in report
     assert "cannot be compared" in report
+    assert "| CORE | - | - | - | - | 0.1957 | - | - |" in report  # mini tasks stand in a row of their own
+    assert "| CORE (embedded mini tasks) | 0.2000 | - | - | - | - | - | - |" in report
     printed = capsys.readouterr().out
     assert "Who are you?" in printed and "Total" not in printed
 

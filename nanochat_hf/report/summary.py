@@ -12,12 +12,19 @@ PUBLISHED_NAMES = {name.lower().replace("-", "_"): name for name in published.CH
 
 def summary_table(records: RunRecords, metrics: dict) -> str:
     """A row a metric, a column a stage, then the published d20's columns (it has no RL stage)."""
-    ours: dict[str, dict[str, float]] = {"CORE": {"base": metrics.get("core", {}).get("core")}}
-    ours |= {name: {} for name in published.CHATCORE_TASKS}
+    core_row, chat_row = "CORE", "ChatCORE"
+    if not any(task.removeprefix("core_") in published.CORE for task in tasks_of(records, "core")):
+        core_row = "CORE (embedded mini tasks)"
+    scores: dict[str, dict[str, float]] = {}
     for stage in CHAT_STAGES:
         for task, figures in tasks_of(records, f"chatcore_{stage}").items():
-            ours.setdefault(row_name(task), {})[stage] = figures["accuracy"]
-    ours["ChatCORE"] = {stage: metrics.get(stage, {}).get("chatcore") for stage in CHAT_STAGES}
+            scores.setdefault(row_name(task), {})[stage] = figures["accuracy"]
+    if not scores.keys() & set(published.CHATCORE_TASKS):
+        chat_row = "ChatCORE (embedded mini tasks)"
+    ours: dict[str, dict[str, float | None]] = {"CORE": {}}
+    ours |= {core_row: {"base": metrics.get("core", {}).get("core")}}
+    ours |= {name: {} for name in published.CHATCORE_TASKS} | scores | {"ChatCORE": {}}
+    ours |= {chat_row: {stage: metrics.get(stage, {}).get("chatcore") for stage in CHAT_STAGES}}
     ours["validation bits per byte"] = {stage: metrics.get(stage, {}).get("val_bpb") for stage in STAGES}
     header = ["Metric", *map(str.upper, STAGES), *(f"{published.NAME} {stage.upper()}" for stage in STAGES[:3])]
     rows = []
