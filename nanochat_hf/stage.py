@@ -36,7 +36,8 @@ class Stage:
         self.run_dir, self.name = Path(run_dir), name
         self.path = self.run_dir / "eval" / f"{name}.json"
         self.log_path = self.run_dir / "logs" / f"{name}.jsonl"
-        self.settings = json.loads(json.dumps(settings, default=str))
+        # Where a run lies is no setting of it: a folder that was moved is still the same run.
+        self.settings = {k: v for k, v in json.loads(json.dumps(settings, default=str)).items() if k != "run_dir"}
         self.results: dict = {}
         self.finished = False
         if self.path.is_file():
