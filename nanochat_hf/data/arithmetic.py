@@ -15,8 +15,8 @@ prints (`6.0` for 12/2), the text after it the plain number.
 
 import random
 
-from nanochat_hf.calculator import use_calculator
-from nanochat_hf.data.arithmetic_patterns import (
+from ..calculator import use_calculator
+from .arithmetic_patterns import (
     BOXES,
     EARLY_DAYS,
     GAINED,

@@ -16,7 +16,7 @@ import re
 import zlib
 from collections import Counter
 
-from nanochat_hf.calculator import use_calculator
+from ..calculator import use_calculator
 
 # In every build of Python on every platform, and quick to import.
 _MODULES = (
