@@ -150,8 +150,6 @@ class ChatConfig:
     top_p: float | None = field(
         default=None, metadata={"help": "draw from the likeliest tokens that together reach this probability"}
     )
-    repetition_penalty: float = field(
-        default=1.0, metadata={"help": "above 1, tokens seen before become less likely"}
-    )
+    repetition_penalty: float = field(default=1.0, metadata={"help": "above 1, tokens seen before become less likely"})
     max_new_tokens: int = field(default=512, metadata={"help": "longest answer, in tokens"})
     seed: int | None = field(default=None, metadata={"help": "the same seed gives the same answers; none = by chance"})

@@ -14,10 +14,13 @@ reduction (2510.05491) and cautious weight decay; 2025-10 is plain Muon with New
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.optim.adamw import adamw
+
+from .scaling import MATRIX_WEIGHT_DECAY
 
 ADAM_EPS = 1e-10
 NEWTON_SCHULZ = [(3.4445, -4.7750, 2.0315)] * 5
@@ -56,7 +59,6 @@ ADAMW_GROUPS = {
     },
 }
 MATRIX_LR = 0.02
-MATRIX_WEIGHT_DECAY = {"2026-07": 0.28, "2025-10": 0.0}
 
 
 def group_of(name: str) -> str:
@@ -233,7 +235,7 @@ def orthogonalize(x: torch.Tensor, coefficients: list[tuple], margin: float, eps
 def equilibrate_rows(x: torch.Tensor) -> torch.Tensor:
     """Give each row of each matrix the root mean square of the matrix's row norms."""
     norms = x.norm(dim=-1, keepdim=True)
-    return x * (norms.square().mean(dim=-2, keepdim=True).sqrt() / norms.clamp(min=1e-10))
+    return x * (norms.square().mean(dim=-2, keepdim=True).sqrt() / norms.clamp(min=1e-6))
 
 
 def with_norm(x: torch.Tensor, norm: float | torch.Tensor) -> torch.Tensor:
@@ -241,16 +243,18 @@ def with_norm(x: torch.Tensor, norm: float | torch.Tensor) -> torch.Tensor:
     return x * (norm / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
 
 
-def linear_warmdown(num_steps: int, warmup_steps: int = 0, fraction: float = 1.0, final: float = 0.0):
-    """A learning-rate factor by step, as LambdaLR takes it: warmup, constant, then linear to `final`.
+def warmdown_lambda(
+    num_steps: int, warmup_steps: int = 0, warmdown_fraction: float = 1.0, final_fraction: float = 0.0
+) -> Callable[[int], float]:
+    """A learning-rate factor by step, as LambdaLR takes it: warmup, constant, then linear to `final_fraction`.
 
     Args:
         num_steps: steps of the whole run.
         warmup_steps: the factor is (step + 1) / warmup_steps before.
-        fraction: share of the run over which it falls, at its end.
-        final: factor at step `num_steps`.
+        warmdown_fraction: share of the run over which it falls, at its end.
+        final_fraction: factor at step `num_steps`.
     """
-    warmdown_steps = round(fraction * num_steps)
+    warmdown_steps = round(warmdown_fraction * num_steps)
 
     def factor(step: int) -> float:
         if step < warmup_steps:
@@ -258,7 +262,7 @@ def linear_warmdown(num_steps: int, warmup_steps: int = 0, fraction: float = 1.0
         if step <= num_steps - warmdown_steps:
             return 1.0
         left = (num_steps - step) / warmdown_steps
-        return left + (1 - left) * final
+        return left + (1 - left) * final_fraction
 
     return factor
 
@@ -274,10 +278,9 @@ class Schedule:
     def __init__(self, architecture: str, num_steps: int):
         self.architecture, self.num_steps = architecture, num_steps
         newest = architecture == "2026-07"
-        self.warmdown_steps = round((0.65 if newest else 0.2) * num_steps)
-        self.lr_factor = linear_warmdown(
-            num_steps, warmup_steps=40 if newest else 0, fraction=0.65 if newest else 0.2, final=0.05 if newest else 0.0
-        )
+        warmup_steps, warmdown_fraction, final_fraction = (40, 0.65, 0.05) if newest else (0, 0.2, 0.0)
+        self.warmdown_steps = round(warmdown_fraction * num_steps)
+        self.lr_factor = warmdown_lambda(num_steps, warmup_steps, warmdown_fraction, final_fraction)
 
     def momentum(self, step: int) -> float:
         """Muon's momentum at a step; in a short run the warmup wins over the warmdown, as upstream."""

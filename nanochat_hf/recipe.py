@@ -102,9 +102,7 @@ def nearest(name: str, choices: typing.Iterable[str]) -> str:
 def _check_key(key: str, fields: dict, source: str, prefix: str = "") -> None:
     name = key[3:] if prefix and key.startswith("no_") and key[3:] in fields else key  # argparse's --no_flag
     if name not in fields:
-        raise RecipeError(
-            f"{source}: unknown setting `{prefix}{key}`; did you mean `{prefix}{nearest(key, fields)}`?"
-        )
+        raise RecipeError(f"{source}: unknown setting `{prefix}{key}`; did you mean `{prefix}{nearest(key, fields)}`?")
 
 
 def _check_type(key: str, value: object, hint: object, source: str) -> None:

@@ -56,7 +56,7 @@ class Stage:
             )
 
     def __enter__(self) -> "Stage":
-        self._started = time.time()
+        self.started = time.time()
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         return self
 
@@ -66,9 +66,9 @@ class Stage:
         finished = time.time()
         record = {
             "stage": self.name,
-            "started": self._started,
+            "started": self.started,
             "finished": finished,
-            "seconds": finished - self._started + self.results.pop("seconds_before_resume", 0.0),
+            "seconds": finished - self.started + self.results.pop("seconds_before_resume", 0.0),
             "peak_memory_mib": peak_memory_mib(),
             "settings": self.settings,
             "results": self.results,

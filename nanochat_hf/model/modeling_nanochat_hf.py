@@ -38,7 +38,7 @@ def rms_norm(x: torch.Tensor) -> torch.Tensor:
 def linear(in_features: int, out_features: int, initializer: Callable[[torch.Tensor], torch.Tensor]) -> nn.Linear:
     """A bias-free linear layer that carries its own initializer.
 
-    transformers calls `_init_weights` only for modules that own parameters, so the parent cannot do it for its children.
+    transformers calls `_init_weights` only for modules that own parameters: a parent cannot do it for its children.
     """
     layer = nn.Linear(in_features, out_features, bias=False)
     layer.initializer = initializer
@@ -433,7 +433,7 @@ class NanoChatHFForCausalLM(NanoChatHFPreTrainedModel, GenerationMixin):
             shift_labels: (B, T) labels already shifted: position t's target is the token after t.
             num_items_in_batch: divisor of the summed loss; the number of targets by default.
             logits_to_keep: compute only the last so many positions' logits.
-            skip_logits: with labels, return the loss alone; the logits are then never in memory.
+            skip_logits: with labels, return the loss alone, computed chunk by chunk: whole logits are never in memory.
 
         The other arguments are `NanoChatHFModel.forward`'s. A batch without any target has loss 0.
         """
@@ -450,14 +450,17 @@ class NanoChatHFForCausalLM(NanoChatHFPreTrainedModel, GenerationMixin):
         loss = logits = None
         if labels is not None and shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
-        if shift_labels is not None:
-            total, _ = softcapped_cross_entropy(hidden, self.lm_head.weight, shift_labels, softcap)
-            if num_items_in_batch is None:
-                num_items_in_batch = (shift_labels != -100).sum().clamp(min=1)
-            loss = total / num_items_in_batch
-        if not (skip_logits and loss is not None):
+        if shift_labels is None or not skip_logits:
             logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep)).float()
             logits = softcap * torch.tanh(logits / softcap)
+        if shift_labels is not None:
+            if num_items_in_batch is None:
+                num_items_in_batch = (shift_labels != -100).sum().clamp(min=1)
+            if skip_logits:
+                total, _ = softcapped_cross_entropy(hidden, self.lm_head.weight, shift_labels, softcap)
+            else:
+                total = F.cross_entropy(logits.flatten(0, 1), shift_labels.flatten(), reduction="sum")
+            loss = total / num_items_in_batch
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

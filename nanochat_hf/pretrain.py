@@ -1,0 +1,308 @@
+"""Pretraining: text rows in, a base model out, by a plain loop on Accelerate.
+
+Not Trainer: the loop is what this project is about, so it is written to be read. One step is `total_batch_tokens`
+whatever the number of devices; schedules, data position and weights resume exactly from `<run_dir>/checkpoints/base`.
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml scripts/pretrain.py --config recipes/tiny/pretrain.yaml
+"""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from . import NanoChatHFForCausalLM
+from .checkpoint import atomic_folder, last_checkpoint, save_model
+from .configs import PretrainConfig
+from .data.corpus import load_corpus
+from .data.packing import PackedDataset
+from .evaluation.bpb import evaluate_bpb
+from .evaluation.samples import sample_prompts
+from .hardware import Throughput, supports_bf16
+from .optim import Schedule, build_optimizer
+from .pretrain_plan import accumulation_steps, model_config, scaling_plan
+from .stage import Stage
+from .tokenizer import load_tokenizer, token_byte_lengths
+
+GRADIENT_CLIP = {"2026-07": None, "2025-10": 1.0}
+MAX_SKIPPED_STEPS = 3  # losses in a row that are not finite before the run gives up
+CPU_COMPILE_FLOPS = 4e14  # a run shorter than this ends before torch.compile has paid for itself on a CPU
+
+
+def pretrain(config: PretrainConfig, settings: dict) -> None:
+    """Train a base model into `<run_dir>/base`, with the records `base` and `base_loss`.
+
+    Args:
+        config: the recipe.
+        settings: what was said explicitly, for the record.
+
+    Raises:
+        ValueError: settings that do not fit together, or a run folder of another recipe; before any work is done.
+    """
+    stage = Stage(config.run_dir, "base", settings)
+    if stage.finished:
+        print("base: finished before, nothing to do")
+        return
+    tokenizer = load_tokenizer(Path(config.run_dir) / "tokenizer")
+    run = Pretraining(config, stage, tokenizer)
+    with stage:
+        run.train()
+        run.finish()
+
+
+class Pretraining:
+    """A pretraining run: what is built once, and the loop.
+
+    Args:
+        config: the recipe.
+        stage: the record to fill.
+        tokenizer: of the run's tokenizer stage.
+    """
+
+    def __init__(self, config: PretrainConfig, stage: Stage, tokenizer):
+        self.config, self.stage, self.tokenizer = config, stage, tokenizer
+        self.plan = scaling_plan(config, len(tokenizer))
+        device = Accelerator().device
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if supports_bf16(device) else "no",
+            gradient_accumulation_steps=accumulation_steps(self.plan, config, Accelerator().num_processes),
+            log_with=config.tracker,
+            project_dir=config.run_dir,
+        )
+        set_seed(config.seed)
+        model = NanoChatHFForCausalLM(model_config(self.plan, config, tokenizer))
+        # Muon's decay and the batch's learning-rate scale come from the plan.
+        optimizer = build_optimizer(
+            model, self.plan.lr_scale, weight_decay=self.plan.weight_decay, learning_rates=config.learning_rates
+        )
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        should_compile = config.compile
+        if should_compile is None:
+            should_compile = device.type == "cuda" or self.plan.total_flops > CPU_COMPILE_FLOPS
+        self.step_model = torch.compile(self.model) if should_compile else self.model
+        self.schedule = Schedule(config.architecture, self.plan.num_steps)
+        self.dataset = self.rows("train")
+        self.byte_lengths = token_byte_lengths(tokenizer).to(self.accelerator.device)
+        self.checkpoints = Path(config.run_dir) / "checkpoints" / "base"
+        self.throughput = Throughput(self.plan, self.accelerator.device, self.accelerator.num_processes)
+        self.step, self.seconds_before, self.num_skipped = 0, 0.0, 0
+        self.validations: list[float] = []
+        self._validation_batches: list[dict] | None = None
+        self.is_stopping = False
+
+    def rows(self, split: str, rank: int | None = None) -> PackedDataset:
+        """This process's rows of a split: training repeats for ever, and so does validation when it is short."""
+        corpus = load_corpus(
+            self.config.dataset,
+            split,
+            rank=self.accelerator.process_index if rank is None else rank,
+            world_size=self.accelerator.num_processes,
+            epochs=None,
+            num_shards=self.config.num_shards,
+        )
+        packing = "best_fit" if self.config.architecture == "2026-07" else "flat"
+        return PackedDataset(corpus, self.tokenizer, self.config.sequence_length, packing=packing)
+
+    def batches(self, dataset: PackedDataset) -> Iterator[dict]:
+        """Batches on the device, fetched one at a time, so that the data set's state is that of the next batch."""
+        loader = DataLoader(dataset, self.config.device_batch_size, pin_memory=self.accelerator.device.type == "cuda")
+        for batch in loader:
+            yield {key: value.to(self.accelerator.device, non_blocking=True) for key, value in batch.items()}
+
+    def train(self) -> None:
+        """The loop: resume, then evaluate, save and step until the plan is done."""
+        config, plan = self.config, self.plan
+        self.resume()
+        if config.tracker:
+            self.accelerator.init_trackers("nanochat-hf", config=vars(config))
+        previous_handlers = {s: signal.signal(s, self.request_stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        bar = tqdm(
+            total=plan.num_steps,
+            initial=self.step,
+            desc="base",
+            disable=not self.accelerator.is_main_process,
+            mininterval=1,
+        )
+        batches = self.batches(self.dataset)
+        self.model.train()
+        num_bad = 0
+        while self.step < plan.num_steps:
+            if self.step == 0 or (config.eval_every_steps and self.step % config.eval_every_steps == 0):
+                self.validate()
+            started = time.perf_counter()
+            loss = self.take_step(batches)
+            self.step += 1
+            self.throughput.count_step(time.perf_counter() - started)
+            num_bad = 0 if math.isfinite(loss) else num_bad + 1
+            if num_bad == MAX_SKIPPED_STEPS:
+                raise FloatingPointError(
+                    f"the loss was not finite in {num_bad} steps in a row, the last is {self.step}; the newest "
+                    f"checkpoint in {self.checkpoints} is from before: lower the learning rates and run again"
+                )
+            self.report_step(loss, bar)
+            if config.save_every_steps and self.step % config.save_every_steps == 0 and self.step < plan.num_steps:
+                self.save_checkpoint()
+            if self.is_stopping:
+                self.save_checkpoint()
+                raise KeyboardInterrupt(f"stopped at step {self.step}; run the same command again to resume there")
+        self.validate()
+        bar.close()
+        for number, handler in previous_handlers.items():
+            signal.signal(number, handler)
+
+    def take_step(self, batches: Iterator[dict]) -> float:
+        """One optimizer step over `total_batch_tokens`; returns the mean loss in nats (skipped when not finite)."""
+        raw_optimizer = self.optimizer.optimizer
+        self.schedule.apply(raw_optimizer, self.step)
+        total = torch.zeros((), device=self.accelerator.device)
+        for _ in range(self.accelerator.gradient_accumulation_steps):
+            batch = next(batches)
+            with self.accelerator.accumulate(self.model):
+                loss = self.step_model(**batch, use_cache=False, skip_logits=True).loss
+                self.accelerator.backward(loss)
+                total += loss.detach()
+        mean = self.accelerator.reduce(total / self.accelerator.gradient_accumulation_steps, "mean").item()
+        if math.isfinite(mean):
+            if clip := GRADIENT_CLIP[self.config.architecture]:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), clip)
+            self.optimizer.step()
+        else:
+            self.num_skipped += 1
+        raw_optimizer.zero_grad(set_to_none=True)
+        return mean
+
+    def report_step(self, loss: float, bar: tqdm) -> None:
+        """Progress bar every step; the curve every `log_every_steps`."""
+        bar.update(1)
+        throughput, mfu = self.throughput.tokens_per_second, self.throughput.mfu
+        bar.set_postfix_str(f"loss {loss:.4f}, {throughput:,.0f} tok/s" + (f", MFU {mfu:.1%}" if mfu else ""))
+        if self.step % self.config.log_every_steps == 0 or self.step == self.plan.num_steps:
+            factor = self.schedule.lr_factor(self.step - 1)
+            tokens = self.step * self.plan.total_batch_tokens
+            self.log(step=self.step, tokens=tokens, loss=loss, lr_factor=factor, tokens_per_second=throughput)
+
+    def log(self, **figures) -> None:
+        """A line of the curve, on the main process, and to the tracker if there is one."""
+        if self.accelerator.is_main_process:
+            self.stage.log(**figures)
+        if self.config.tracker:
+            self.accelerator.log({k: v for k, v in figures.items() if k != "step"}, step=figures["step"])
+
+    def score(self, batches: list[dict]) -> float:
+        """Bits per byte of the model as it is, over all processes."""
+        self.model.eval()
+        with self.accelerator.autocast():
+            bpb = evaluate_bpb(self.accelerator.unwrap_model(self.model), batches, self.byte_lengths)
+        self.model.train()
+        return bpb
+
+    def validation_batches(self, split: str = "validation") -> list[dict]:
+        """The same rows at every call: `eval_tokens` tokens from the beginning of a split."""
+        batch_tokens = self.config.device_batch_size * self.config.sequence_length * self.accelerator.num_processes
+        count = max(1, self.config.eval_tokens // batch_tokens)
+        return [batch for batch, _ in zip(self.batches(self.rows(split)), range(count), strict=False)]
+
+    def validate(self) -> None:
+        """Bits per byte on validation, and the samples when they are due."""
+        if self._validation_batches is None:
+            self._validation_batches = self.validation_batches()
+        self.validations.append(self.score(self._validation_batches))
+        self.log(step=self.step, val_bpb=self.validations[-1])
+        if self.accelerator.is_main_process:
+            tqdm.write(f"step {self.step:,}: validation {self.validations[-1]:.4f} bits per byte")
+        every = self.config.sample_every_steps
+        if every and self.step % every == 0 and 0 < self.step < self.plan.num_steps:
+            for sample in self.samples():
+                tqdm.write(sample)
+
+    def samples(self) -> list[str]:
+        """The seven prompts, continued greedily, on the main process."""
+        if not self.accelerator.is_main_process:
+            return []
+        self.model.eval()
+        texts = sample_prompts(self.accelerator.unwrap_model(self.model), self.tokenizer)
+        self.model.train()
+        return texts
+
+    def request_stop(self, signal_number: int, frame) -> None:
+        """SIGTERM or Ctrl-C: finish the step, save, stop."""
+        self.is_stopping = True
+
+    def save_checkpoint(self) -> None:
+        """Write a resumable checkpoint: a model folder and, beside the weights, `state.pt`."""
+        data_states = [self.dataset.state_dict()]
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            data_states = gather_object(data_states)
+        if self.accelerator.is_main_process:
+            with atomic_folder(self.checkpoints / f"step-{self.step:06d}") as folder:
+                save_model(self.accelerator.unwrap_model(self.model), self.tokenizer, folder)
+                state = {
+                    "step": self.step,
+                    "seconds": self.seconds_before + time.time() - self.stage.started,
+                    "num_skipped": self.num_skipped,
+                    "validations": self.validations,
+                    "optimizer": self.optimizer.optimizer.state_dict(),
+                    "data": data_states,
+                }
+                torch.save(state, folder / "state.pt")
+            last_checkpoint(self.checkpoints, keep=self.config.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint of this run, if there is one."""
+        folder = last_checkpoint(self.checkpoints)
+        if folder is None:
+            return
+        state = torch.load(folder / "state.pt", map_location=self.accelerator.device, weights_only=True)
+        if len(state["data"]) != self.accelerator.num_processes:
+            raise ValueError(
+                f"{folder} was made by {len(state['data'])} processes, now there are "
+                f"{self.accelerator.num_processes}: the data position of each would be lost. Launch as many as before"
+            )
+        weights = NanoChatHFForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+        self.accelerator.unwrap_model(self.model).load_state_dict(weights)
+        self.optimizer.optimizer.load_state_dict(state["optimizer"])
+        self.dataset.load_state_dict(state["data"][self.accelerator.process_index])
+        self.step, self.num_skipped, self.validations = state["step"], state["num_skipped"], state["validations"]
+        self.seconds_before = state["seconds"]
+        self.accelerator.print(f"base: resuming at step {self.step} from {folder}")
+
+    def finish(self) -> None:
+        """Write the model folder, the losses on both splits, the samples, and fill the record."""
+        run_dir, plan = Path(self.config.run_dir), self.plan
+        if self.accelerator.is_main_process:
+            with atomic_folder(run_dir / "base") as folder:
+                save_model(self.accelerator.unwrap_model(self.model), self.tokenizer, folder)
+        train_bpb = self.score(self.validation_batches("train"))
+        losses = Stage(run_dir, "base_loss", {})
+        with losses:
+            losses.results |= {"train_bpb": train_bpb, "val_bpb": self.validations[-1], "samples": self.samples()}
+        self.stage.results |= {
+            "num_parameters": plan.num_parameters,
+            "parameters": plan.parameters,
+            "flops_per_token": plan.flops_per_token,
+            "num_steps": plan.num_steps,
+            "tokens": plan.num_tokens,
+            "tokens_per_parameter": plan.num_tokens / plan.scaling_parameters,
+            "world_size": self.accelerator.num_processes,
+            "untrained_val_bpb": self.validations[0],
+            "min_val_bpb": min(self.validations),
+            "val_bpb": self.validations[-1],
+            "mfu": self.throughput.mfu,
+            "total_flops": plan.total_flops,
+            "training_seconds": self.throughput.seconds_of(plan.num_tokens),
+            "tokens_per_second": self.throughput.tokens_per_second,
+            "num_skipped_steps": self.num_skipped,
+            "num_documents": self.dataset.num_documents,
+            "num_dropped_tokens": self.dataset.num_dropped_tokens,
+            "seconds_before_resume": self.seconds_before,
+        }
