@@ -68,7 +68,7 @@ start_line() {
     set_up_venv train,eval
     choose_launcher
     mkdir -p "$run_dir/logs" "$run_dir/eval" || fail "cannot write to $run_dir; choose another folder with --output_dir"
-    note session_start "$(git rev-parse --short HEAD 2>/dev/null || echo -)$(git diff --quiet HEAD 2>/dev/null || echo ' (dirty)')"
+    note session_start "$(commit)"
     trap 'note session_end' EXIT
 }
 
@@ -96,6 +96,12 @@ choose_launcher() {
 }
 
 note() { printf '{"time": %s, "event": "%s", "name": "%s"}\n' "$(date +%s)" "$1" "${2:-}" >>"$run_dir/sessions.jsonl"; }
+
+commit() {
+    local name
+    name="$(git rev-parse --short HEAD 2>/dev/null)" || { echo -; return; }
+    if git diff --quiet HEAD; then echo "$name"; else echo "$name (dirty)"; fi
+}
 
 stage() {
     local record="$1" ran="$run_dir/logs/$1.ran" argument

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# From raw text to a chatting and evaluated model on two CPU cores, offline. What comes out: README.md beside this file.
+#
+#   bash recipes/tiny/run.sh            # a second call continues at the first stage that has not finished
+#   bash recipes/tiny/run.sh --help     # your own text, conversations and benchmarks; another folder; starting over
+set -eo pipefail
+recipe=recipes/tiny
+source "$(dirname "${BASH_SOURCE[0]}")/../../scripts/line.sh"
+start_line "$@"
+
+stage tokenizer python scripts/train_tokenizer.py --config $recipe/tokenizer.yaml "${text[@]}"
+stage base "${launch[@]}" scripts/pretrain.py --config $recipe/pretrain.yaml "${text[@]}"
+stage mid "${launch[@]}" scripts/sft.py --config $recipe/midtrain.yaml "${chat[@]}" "${exam[@]}"
+stage sft "${launch[@]}" scripts/sft.py --config $recipe/sft.yaml "${chat[@]}" "${exam[@]}"
+stage rl "${launch[@]}" scripts/grpo.py --config $recipe/grpo.yaml
+
+stage core python scripts/evaluate.py --config $recipe/eval.yaml --stage base "${core[@]}"
+stage chatcore_mid python scripts/evaluate.py --config $recipe/eval.yaml --stage mid "${exam[@]}"
+stage chatcore_sft python scripts/evaluate.py --config $recipe/eval.yaml --stage sft "${exam[@]}"
+stage chatcore_rl python scripts/evaluate.py --config $recipe/eval.yaml --stage rl "${exam[@]}"
+
+finish_line

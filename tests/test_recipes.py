@@ -1,0 +1,100 @@
+"""Every recipe's YAML goes through the dataclasses of the script that run.sh gives it to; mistakes name their fix."""
+
+import ast
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nanochat_hf.recipe import RecipeError, parse_recipe
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted(path for path in (ROOT / "recipes").iterdir() if path.is_dir())
+LINE = re.compile(r"scripts/(\w+)\.py --config \$recipe/(\w+)\.yaml")
+
+
+def script_of(recipe: Path) -> dict[str, str]:
+    """YAML stem -> script stem, as run.sh says."""
+    return {stem: script for script, stem in LINE.findall((recipe / "run.sh").read_text())}
+
+
+def dataclasses_of(script: str) -> list[type]:
+    """What the script hands to `parse_recipe`."""
+    path = ROOT / "scripts" / f"{script}.py"
+    names = runpy.run_path(str(path), run_name="not_main")
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    (call,) = [call for call in calls if getattr(call.func, "id", None) == "parse_recipe"]
+    return [names[argument.id] for argument in call.args]
+
+
+CASES = [(recipe, stem, script) for recipe in RECIPES for stem, script in script_of(recipe).items()]
+each_yaml = pytest.mark.parametrize(("recipe", "stem", "script"), CASES, ids=[f"{c[0].name}/{c[1]}" for c in CASES])
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_a_recipe_has_all_its_files(recipe):
+    stems = {path.stem for path in recipe.glob("*.yaml")}
+    assert stems == set(script_of(recipe)), "run.sh and the YAML files name different stages"
+    assert (recipe / "README.md").is_file()
+
+
+@each_yaml
+def test_yaml_parses(recipe, stem, script, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = recipe / f"{stem}.yaml"
+    *instances, settings = parse_recipe(*dataclasses_of(script), argv=["--config", str(path), "--run_dir", "elsewhere"])
+    said = {key: value for key, value in yaml.safe_load(path.read_text()).items() if key not in ("env", "run_dir")}
+    assert settings.keys() == said.keys() | {"run_dir"}
+    assert instances[0].run_dir == "elsewhere"
+    for key, value in said.items():
+        (instance,) = [instance for instance in instances if hasattr(instance, key)][:1]
+        given = getattr(instance, key)
+        assert given == (type(given)(value) if isinstance(given, (int, float)) else value), key
+
+
+@each_yaml
+def test_a_mistyped_key_names_its_neighbour(recipe, stem, script, tmp_path):
+    said = yaml.safe_load((recipe / f"{stem}.yaml").read_text())
+    key = next(key for key in said if key not in ("env", "run_dir"))
+    said[key + "x"] = said.pop(key)
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(said))
+    with pytest.raises(RecipeError, match=rf"unknown setting `{key}x`; did you mean `{key}`\?"):
+        parse_recipe(*dataclasses_of(script), argv=["--config", str(tmp_path / "bad.yaml")])
+    with pytest.raises(RecipeError, match=rf"`--{key}x`; did you mean `--{key}`\?"):
+        parse_recipe(*dataclasses_of(script), argv=["--config", str(recipe / f"{stem}.yaml"), f"--{key}x", "1"])
+
+
+@each_yaml
+def test_a_value_of_the_wrong_type_is_refused(recipe, stem, script, tmp_path):
+    said = yaml.safe_load((recipe / f"{stem}.yaml").read_text())
+    key = next(key for key, value in said.items() if isinstance(value, (int, list)))
+    said[key] = {"not": "this"}
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(said))
+    with pytest.raises(RecipeError, match=f"`{key}` must be"):
+        parse_recipe(*dataclasses_of(script), argv=["--config", str(tmp_path / "bad.yaml")])
+
+
+def test_a_script_ends_with_one_line_on_bad_input():
+    command = [sys.executable, "scripts/report.py", "--run_dirr", "runs/tiny"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: the command line: unknown setting `--run_dirr`; did you mean `--run_dir`?"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_knows_the_configuration(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    config = load_config_from_file(str(path))  # refuses unknown keys
+    assert config.mixed_precision == "no", "precision is the recipe's choice"
+    flags = {action.dest for action in launch_command_parser()._actions}
+    assert set(config.fsdp_config) <= flags
+    wrapped = config.fsdp_config.get("fsdp_transformer_layer_cls_to_wrap")
+    from nanochat_hf import NanoChatHFModel
+
+    assert wrapped is None or wrapped in NanoChatHFModel._no_split_modules
