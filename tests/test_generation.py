@@ -1,72 +1,26 @@
-"""Generation: the same tokens as decoding without a cache and as `generate`, tools in the loop, rows that come and go."""
+"""Generation: the tokens of decoding without a cache and of `generate`, tools in the loop, rows that come and go."""
 
 import pytest
 import torch
+from scripted import scripted
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, NanoChatConfig, NanoChatForCausalLM
 
 from nanochat_hf import NanoChatHFConfig, NanoChatHFForCausalLM
 from nanochat_hf.generation import generate_completions
-from nanochat_hf.tokenizer import encode_prompt, encode_text
+from nanochat_hf.tokenizer import encode_prompt, encode_text, special_ids
 
 NEW_TOKENS = 24
 
 
-class ScriptedModel:
-    """A stand-in for a model: the next token is a function of the row's whole history, read back from the cache.
-
-    As the history lives in the cache's keys, a row that got another row's cache would go wrong at once.
-    """
-
-    device, training = torch.device("cpu"), False
-
-    def __init__(self, vocab_size, next_token):
-        self.config = LlamaConfig(num_hidden_layers=1, vocab_size=vocab_size)
-        self.next_token = next_token
-        self.batch_sizes = []
-
-    def eval(self):
-        self.training = False
-
-    def train(self, mode):
-        self.training = mode
-
-    def __call__(self, input_ids, attention_mask, position_ids, past_key_values, **kwargs):
-        self.batch_sizes.append(len(input_ids))
-        ids = input_ids[:, None, :, None].double()
-        history = past_key_values.update(ids, ids, 0)[0][:, 0, :, 0].long()
-        logits = torch.zeros(len(input_ids), 1, self.config.vocab_size)
-        for i, row in enumerate(history):
-            kept = row if attention_mask is None else row[attention_mask[i].bool()]
-            assert position_ids[i, -1] == len(kept) - 1
-            logits[i, 0, self.next_token(kept.tolist())] = 50.0
-        return type("Output", (), {"logits": logits})
-
-
 @pytest.fixture
 def special(tiny_tokenizer):
-    return {name: tiny_tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in (
-        "bos", "assistant_start", "assistant_end", "python_start", "python_end", "output_start", "output_end")}  # fmt: skip
+    return {token.strip("<|>"): i for token, i in special_ids(tiny_tokenizer).items()}
 
 
 @pytest.fixture
 def prompts(tiny_tokenizer):
     texts = ["Hi", "What is 3 + 4?", "Name the opposite of hot, please.", "def f(x):\n    return " + "x + " * 60]
     return [encode_prompt(tiny_tokenizer, [{"role": "user", "content": text}]) for text in texts]
-
-
-def scripted(tokenizer, special, scripts):
-    """A model that answers each prompt (known by its length) with its script, tool outputs being read, not written."""
-
-    def next_token(history):
-        start = history.index(special["assistant_start"]) + 1
-        script, position, inside = scripts[start], 0, False
-        for token in history[start:]:
-            inside = inside or token == special["output_start"]
-            position += not inside
-            inside = inside and token != special["output_end"]
-        return script[position]
-
-    return ScriptedModel(len(tokenizer), next_token)
 
 
 def naive_greedy(model, prompt, ends, max_new_tokens):
@@ -119,7 +73,7 @@ def test_calculator_result_is_forced_and_marked(tiny_tokenizer, special, prompts
         *encode_text(tiny_tokenizer, "84."),
         special["assistant_end"],
     ]
-    model = scripted(tiny_tokenizer, special, {len(prompts[0]): script})
+    model = scripted(tiny_tokenizer, lambda prompt: script)
     [completion] = generate_completions(model, tiny_tokenizer, prompts[:1], 99)
     output = [special["output_start"], *encode_text(tiny_tokenizer, "84"), special["output_end"]]
     at = script.index(special["python_end"]) + 1
@@ -134,7 +88,7 @@ def test_calculator_result_is_forced_and_marked(tiny_tokenizer, special, prompts
 def test_no_output_when_the_calculator_declines_or_is_off(expression, use_calculator, tiny_tokenizer, special, prompts):
     script = [special["python_start"], *encode_text(tiny_tokenizer, expression), special["python_end"]]
     script += [*encode_text(tiny_tokenizer, "Well."), special["assistant_end"]]
-    model = scripted(tiny_tokenizer, special, {len(prompts[0]): script})
+    model = scripted(tiny_tokenizer, lambda prompt: script)
     [completion] = generate_completions(model, tiny_tokenizer, prompts[:1], 99, use_calculator=use_calculator)
     assert completion.token_ids == script and all(completion.sampled)
 
@@ -145,7 +99,7 @@ def test_rows_leave_as_they_end_and_keep_their_own_cache(tiny_tokenizer, special
     bodies = [[], encode_text(tiny_tokenizer, "seven"), [*call, *encode_text(tiny_tokenizer, "forty-two")]]
     scripts = {len(prompt): [*body, special["assistant_end"]] for prompt, body in zip(prompts, bodies, strict=False)}
     scripts[len(prompts[3])] = encode_text(tiny_tokenizer, "on and on " * 20)
-    model = scripted(tiny_tokenizer, special, scripts)
+    model = scripted(tiny_tokenizer, lambda prompt: scripts[len(prompt)])
     completions = generate_completions(model, tiny_tokenizer, [p for p in prompts for _ in range(2)], 40)
     texts = [tiny_tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
     assert texts[:6] == ["", "", "seven", "seven", "6*742forty-two", "6*742forty-two"]
