@@ -114,11 +114,14 @@ def _read_parts(content: bytes) -> dict:
     if len(content) > MAX_FILE_BYTES:
         raise ValueError(f"{len(content):,} bytes is more than any tokenizer needs ({MAX_FILE_BYTES:,})")
     try:
+        refused = {}  # in order, without repetition
         for opcode, argument, _ in pickletools.genops(content):
             if opcode.name not in ALLOWED_OPCODES:
-                raise ValueError(f"the pickle instruction {opcode.name} is refused, it builds no tiktoken encoding")
+                refused[opcode.name] = None
             if opcode.name.endswith("BINPUT") and argument > len(content):
                 raise ValueError(f"the pickle asks for {argument:,} memory slots")
+        if refused:
+            raise ValueError(f"pickle instructions refused, as no tiktoken encoding needs them: {', '.join(refused)}")
         encoding = _RestrictedUnpickler(io.BytesIO(content)).load()
     except ValueError:
         raise

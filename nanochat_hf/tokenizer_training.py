@@ -63,8 +63,8 @@ def train_tokenizer(config: TokenizerConfig) -> PreTrainedTokenizerFast:
     if stage.finished and folder.is_dir():
         print(f"tokenizer: already trained, {folder} (--fresh in run.sh starts over)")
         return load_tokenizer(folder)
+    documents = CappedDocuments(load_corpus(config.dataset, "train"), config.max_chars, config.max_document_chars)
     with stage:
-        documents = CappedDocuments(load_corpus(config.dataset, "train"), config.max_chars, config.max_document_chars)
         print(f"tokenizer: learning {config.vocab_size:,} tokens from {config.dataset}", flush=True)
         started = time.perf_counter()
         tokenizer = train_bpe(documents, config.vocab_size, show_progress=sys.stderr.isatty())
