@@ -82,11 +82,8 @@ class PostTrainingConfig:
         default_factory=list,
         metadata={"help": "sources of conversations, each {source, rows, epochs, dataset, name, split}"},
     )
-    chat_data: str | None = field(
-        default=None, metadata={"help": "folder of .jsonl files with `messages`, each a further source"}
-    )
-    eval_data: str | None = field(
-        default=None, metadata={"help": "folder with gsm8k_train.jsonl and arc_*_train.jsonl, each a further source"}
+    on_bad_row: Literal["error", "skip"] = field(
+        default="error", metadata={"help": "what a row that cannot be used does: stop the run, or be left out, counted"}
     )
     lr_fraction: float = field(
         default=1.0, metadata={"help": "factor on every nominal learning rate of the architecture"}
@@ -101,6 +98,16 @@ class PostTrainingConfig:
 class SFTStageConfig(PostTrainingConfig):
     """Midtraining and SFT."""
 
+    chat_data: str | None = field(
+        default=None, metadata={"help": "folder of .jsonl files with `messages`, one more source of the mixture"}
+    )
+    eval_data: str | None = field(
+        default=None, metadata={"help": "folder with gsm8k_train.jsonl and arc_*_train.jsonl, three more sources"}
+    )
+    data_rows: int = field(default=1000, metadata={"help": "rows kept of each source that the two folders add"})
+    validation_rows: int = field(
+        default=200, metadata={"help": "most held-out conversations that validation scores, before and after training"}
+    )
     overlong: Literal["truncate", "drop"] = field(
         default="truncate", metadata={"help": "what happens to a conversation longer than max_length tokens"}
     )

@@ -1,0 +1,136 @@
+"""What the stages built on TRL's trainers share: the starting model, our optimizer, the curve.
+
+TRL owns the loop; the optimizer's groups, the schedule and everything written to the run's folder are ours.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from .checkpoint import load_model
+from .hardware import supports_bf16
+from .optim import build_optimizer, warmdown_lambda
+from .recipe import nearest
+from .stage import STAGES, Stage
+
+# Their values follow from the architecture and `lr_fraction`: a recipe that sets them expects what will not happen.
+SETTINGS_WITHOUT_EFFECT = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "optim", "optim_args")
+
+
+def load_start(run_dir: str, start_from: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The starting model, in fp32 whatever it was saved in (master weights), and its tokenizer.
+
+    Args:
+        start_from: a stage of this run, a model folder or a Hub id.
+
+    Raises:
+        ValueError: a stage that has not been made, or neither a stage nor a folder nor the form of a Hub id.
+    """
+    if start_from in STAGES:
+        folder = Path(run_dir) / start_from
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"start_from={start_from}: {folder} holds no model yet; run the {start_from} stage first")
+        return load_model(folder)
+    if not Path(start_from).is_dir() and start_from.count("/") != 1:
+        raise ValueError(
+            f"start_from={start_from!r} is no stage ({', '.join(STAGES)}), no folder and no Hub id (owner/name); "
+            f"did you mean {nearest(start_from, STAGES)}?"
+        )
+    return load_model(start_from)
+
+
+def prepare_arguments(training_args, settings: dict, checkpoint_dir: Path) -> None:
+    """Fill in what recipes leave to us: where checkpoints go, and fp32 on a CPU without bf16.
+
+    Raises:
+        ValueError: a setting that would have no effect here.
+    """
+    for name in SETTINGS_WITHOUT_EFFECT:
+        if name in settings:
+            raise ValueError(
+                f"`{name}` has no effect: rates and schedule follow from the architecture; scale them with "
+                f"`lr_fraction`, shape them with `warmup_steps`, `warmdown_fraction` and `final_lr_fraction`"
+            )
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+    training_args.output_dir = str(checkpoint_dir)
+    training_args.logging_nan_inf_filter = False  # it would hide a NaN behind the mean of earlier losses
+    if training_args.bf16 and training_args.use_cpu and not supports_bf16(torch.device("cpu")):
+        print("this CPU is slow in bf16: training in fp32", file=sys.stderr)
+        training_args.bf16, training_args.mixed_precision = False, "no"
+
+
+def stage_optimizer(model: PreTrainedModel, config) -> torch.optim.Optimizer:
+    """Muon and AdamW at the architecture's nominal rates times `lr_fraction`; Muon decays only in pretraining."""
+    return build_optimizer(model, lr_fraction=config.lr_fraction, weight_decay=0.0)
+
+
+def stage_schedule(
+    optimizer: torch.optim.Optimizer, num_steps: int, warmup_steps: int, config
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The factor on the rates over the stage's steps."""
+    factor = warmdown_lambda(num_steps, warmup_steps, config.warmdown_fraction, config.final_lr_fraction)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+class CurveCallback(TrainerCallback):
+    """Writes each logged step to the stage's curve, shows one progress bar, and stops at a loss that is no number.
+
+    Attributes:
+        curve: the figures written so far, one dict a logged step.
+    """
+
+    def __init__(self, stage: Stage, figure: str):
+        self.stage, self.figure = stage, figure
+        self.curve: list[dict] = []
+        self.bar = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and not args.disable_tqdm:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage.name, mininterval=1.0)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        figures = {"step": state.global_step}
+        figures |= {key: float(value) for key, value in logs.items() if isinstance(value, (int, float))}
+        if not math.isfinite(figures.get("loss", 0.0)):
+            raise FloatingPointError(f"{self.stage.name}: the loss is {figures['loss']} at step {state.global_step}")
+        if self.figure not in figures:  # the summary at the end, or an evaluation
+            return
+        self.curve.append(figures)
+        if state.is_world_process_zero:
+            self.stage.log(**figures)
+        if self.bar is not None:
+            self.bar.set_postfix({self.figure: f"{figures[self.figure]:.4f}"})
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+
+
+def use_curve(trainer, stage: Stage, figure: str) -> list[dict]:
+    """Replace the trainer's progress bar, which prints every log line, by ours; returns the curve as it grows."""
+    callback = CurveCallback(stage, figure)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(callback)
+    return callback.curve
+
+
+def train_stage(trainer, stage: Stage) -> None:
+    """Train, from this stage's newest checkpoint if it was interrupted; else with an empty curve."""
+    checkpoint = get_last_checkpoint(trainer.args.output_dir)
+    if checkpoint is None:
+        stage.log_path.unlink(missing_ok=True)
+    else:
+        print(f"{stage.name}: resuming from {checkpoint}")
+    trainer.train(resume_from_checkpoint=checkpoint)
