@@ -105,7 +105,7 @@ PATTERNS = {
     },
     "ask_other": {
         "train": ["How many {things} does {other} have?", "How many {things} are there in {other}'s {box}?"],
-        "test": ["So how many {things} does {other} have?", "In {other}'s {box}, how many {things} are there?"],
+        "test": ["Now how many {things} does {other} have?", "In {other}'s {box}, how many {things} are there?"],
     },
     "both_have": {
         "train": [
@@ -211,11 +211,11 @@ PATTERNS = {
     },
     "ask_each": {
         "train": ["How many {things} does each get?", "How many {things} go to each?"],
-        "test": ["How many {things} is that for each?", "Each gets how many {things}?"],
+        "test": ["How many {things} is that for each?", "How many {things} do they each get?"],
     },
     "distract_person": {
         "train": ["{other} is {d} years old.", "{n} is {d} years old.", "{other} has {d} {other_things}."],
-        "test": ["{other} has {d} {other_things} at home.", "At home {other} has {d} {other_things}."],
+        "test": ["In {other}'s {box} there are {d} {other_things}.", "At home {other} has {d} {other_things}."],
     },
     "distract_place": {
         "train": [

@@ -110,7 +110,8 @@ def build_mixture(
         epochs = source.get("epochs", 1) if split == "train" else 1
         counts[_label(source)]["rows"] += epochs * len(table)
         order += epochs * list(range(total, total + len(table)))
-        tables.append(table)
+        if len(table):
+            tables.append(table)
         total += len(table)
     if not order:
         raise ValueError(f"the {split} mixture is empty: {'no sources are given' if not sources else counts}")
@@ -159,6 +160,10 @@ def _load_source(source: dict, split: str, seed: int, on_bad_row: str, counts: d
             if split == "train":
                 raise ValueError(f"{label} has {len(rows)} rows, not {num_rows}; ask for fewer rows, or more epochs")
             num_rows = None
+    counts.setdefault(label, {"rows": 0, "skipped": 0})
+    if not len(rows):
+        log.warning("%s has no %s rows: under %d rows none is held out", label, split, HELD_OUT)
+        return datasets.Dataset.from_dict({"messages": [], "source": []})
     # The permutation is datasets' own, as nanochat's is.
     permutation = datasets.Dataset.from_dict({"row": rows}).shuffle(seed=seed)["row"][:num_rows]
     converted = table.select(permutation).map(
@@ -166,7 +171,7 @@ def _load_source(source: dict, split: str, seed: int, on_bad_row: str, counts: d
     )
     problems = converted["problem"][:]
     bad = [i for i, problem in enumerate(problems) if problem]
-    counts.setdefault(label, {"rows": 0, "skipped": 0})["skipped"] += len(bad)
+    counts[label]["skipped"] += len(bad)
     if bad:
         first = f"{label}, {name_of(permutation[bad[0]])}: {problems[bad[0]]}"
         if on_bad_row == "error":

@@ -100,6 +100,7 @@ def letter_counting_problems(split: str, num_rows: int, seed: int = 0) -> list[d
     The word stands in quotes in the question and in parentheses in the expression, so that byte-level BPE splits both
     the same way and a small model can copy it token by token.
     """
+    _check_split(split)
     words = [word for word in _words() if _is_test(word) == (split == "test")]
     rng = random.Random(f"{split} {seed}")
     rows: dict[str, dict] = {}
@@ -125,8 +126,7 @@ def take_rows(rows: list[dict], num_rows: int | None, seed: int, what: str) -> l
 
 def library_functions(split: str) -> list[tuple[str, str, str]]:
     """(module, name, sentence) of every function of the split; no sentence is in both splits."""
-    if split not in ("train", "test"):
-        raise ValueError(f"embedded chat data has the splits train and test, not {split!r}")
+    _check_split(split)
     return [f for f in _all_functions() if _is_test(f[2]) == (split == "test")]
 
 
@@ -165,6 +165,11 @@ def _words() -> tuple[str, ...]:
 
     counts = Counter(word for text in topics.values() for word in re.findall(r"\b[a-z]{3,9}\b", text))
     return tuple(sorted(word for word, count in counts.items() if count >= 3))
+
+
+def _check_split(split: str) -> None:
+    if split not in ("train", "test"):
+        raise ValueError(f"embedded chat data has the splits train and test, not {split!r}")
 
 
 def _full_name(module: str, name: str) -> str:
