@@ -12,10 +12,10 @@ PACKAGE = ROOT / "nanochat_hf"
 # Floor by floor from the ground up: a file imports from lower floors, or from its own; a new file needs a place here.
 FLOORS = [
     "configs scaling recipe stage hardware",
-    "model chat_format tokenizer tokenizer_texts",
+    "model chat_format tokenizer tokenizer_texts interop_tokenizer",
     "calculator sampling kv_cache rewards optim data generation checkpoint evaluation tokenizer_evaluation",
     "trl_stage",
-    "tokenizer_training pretrain sft grpo chat report hub interop interop_tokenizer benchmark",
+    "tokenizer_training pretrain sft grpo chat report hub interop benchmark",
 ]
 TOP = len(FLOORS) - 1
 # Files that share a room of the top floor with the file that the room is named after.
