@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -69,10 +69,11 @@ class Pretraining:
     def __init__(self, config: PretrainConfig, stage: Stage, tokenizer):
         self.config, self.stage, self.tokenizer = config, stage, tokenizer
         self.plan = scaling_plan(config, len(tokenizer))
-        device = Accelerator().device
+        processes = PartialState()
+        device = processes.device
         self.accelerator = Accelerator(
             mixed_precision="bf16" if supports_bf16(device) else "no",
-            gradient_accumulation_steps=accumulation_steps(self.plan, config, Accelerator().num_processes),
+            gradient_accumulation_steps=accumulation_steps(self.plan, config, processes.num_processes),
             log_with=config.tracker,
             project_dir=config.run_dir,
         )

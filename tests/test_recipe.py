@@ -1,0 +1,75 @@
+"""Recipes and flags: merging, and an error that names the fix for everything that does not fit."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from nanochat_hf.recipe import RecipeError, parse_recipe, run_command
+
+
+@dataclass
+class Example:
+    depth: int = 20
+    rate: float = 0.1
+    name: str | None = None
+    kind: Literal["a", "b"] = "a"
+    sources: list[dict] = field(default_factory=list)
+    compile: bool = False
+
+
+def write(tmp_path, text):
+    path = tmp_path / "example.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_command_line_wins_over_yaml_over_default(tmp_path):
+    path = write(tmp_path, "depth: 4\nrate: 2\nsources: [{source: x}]\n")
+    example, settings = parse_recipe(Example, argv=["--config", path, "--depth", "6"])
+    assert dataclasses.astuple(example) == (6, 2, None, "a", [{"source": "x"}], False)
+    assert settings == {"depth": 6, "rate": 2, "sources": [{"source": "x"}]}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dept: 4", "unknown setting `dept`; did you mean `depth`"),
+        ("depth: four", "`depth` must be int, got 'four'"),
+        ("depth: true", "`depth` must be int, got True"),
+        ("rate: fast", "`rate` must be float"),
+        ("kind: c", "`kind` must be .*'a', 'b'"),
+        ("compile: 1", "`compile` must be bool"),
+        ("sources: x", "`sources` must be list"),
+        ("- depth", "must hold a mapping"),
+        ("depth: [", "not valid YAML"),
+    ],
+)
+def test_bad_yaml(tmp_path, text, message):
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(Example, argv=["--config", write(tmp_path, text)])
+
+
+def test_scientific_notation_without_a_dot(tmp_path):
+    """YAML 1.1 reads 1e-3 as a string; it is a number to everyone else."""
+    assert parse_recipe(Example, argv=["--config", write(tmp_path, "rate: 1e-3")])[0].rate == 1e-3
+
+
+def test_bad_flags(tmp_path):
+    with pytest.raises(RecipeError, match="unknown setting `--dpth`; did you mean `--depth`"):
+        parse_recipe(Example, argv=["--dpth", "3"])
+    with pytest.raises(RecipeError, match="no recipe file"):
+        parse_recipe(Example, argv=["--config", str(tmp_path / "absent.yaml")])
+    with pytest.raises(RecipeError, match="--config needs a file"):
+        parse_recipe(Example, argv=["--config"])
+
+
+def test_run_command_prints_one_line(capsys):
+    def main():
+        raise ValueError("give a number")
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(main)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: give a number\n"
