@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from nanochat_hf.tokenizer import BYTE_CHARACTERS, SPECIAL_TOKENS, SPLIT_PATTERN, build_tokenizer
+from .tokenizer import BYTE_CHARACTERS, SPECIAL_TOKENS, SPLIT_PATTERN, build_tokenizer
 
 MAX_FILE_BYTES = 64 * 2**20  # a vocabulary of 65,536 takes about 1 MB
 MAX_TOKEN_BYTES = 1000  # splitting a token takes time by the square of its length

@@ -18,7 +18,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from nanochat_hf.chat_format import conversation_spans
+from .chat_format import conversation_spans
 
 SPECIAL_TOKENS = (
     "<|bos|>",

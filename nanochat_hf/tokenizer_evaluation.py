@@ -14,8 +14,8 @@ from unittest import mock
 
 from transformers import PreTrainedTokenizerFast
 
-from nanochat_hf.tokenizer import encode_text
-from nanochat_hf.tokenizer_texts import SAMPLE_TEXTS
+from .tokenizer import encode_text
+from .tokenizer_texts import SAMPLE_TEXTS
 
 REFERENCES = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}  # name -> tiktoken's encoding
 DOWNLOAD_SECONDS = 30  # in all; two files of 1.6 MB at most

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from nanochat_hf.configs import TokenizerConfig
-from nanochat_hf.data.corpus import load_corpus
-from nanochat_hf.stage import Stage
-from nanochat_hf.tokenizer import (
+from .configs import TokenizerConfig
+from .data.corpus import load_corpus
+from .stage import Stage
+from .tokenizer import (
     SPECIAL_TOKENS,
     check_vocab_size,
     encode_text,
@@ -23,7 +23,7 @@ from nanochat_hf.tokenizer import (
     token_byte_lengths,
     train_bpe,
 )
-from nanochat_hf.tokenizer_evaluation import evaluate_tokenizer, evaluation_tables
+from .tokenizer_evaluation import evaluate_tokenizer, evaluation_tables
 
 EVALUATED_CHARS = 1_000_000  # of the train and of the validation split each
 
