@@ -1,0 +1,117 @@
+"""The pretraining loop on a model of a few thousand parameters: what it writes, resuming, and what goes wrong."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from nanochat_hf import NanoChatHFForCausalLM, pretrain
+from nanochat_hf.checkpoint import load_model
+from nanochat_hf.configs import PretrainConfig
+from nanochat_hf.pretrain import Pretraining
+
+SETTINGS = {
+    "depth": 1,
+    "sequence_length": 64,
+    "head_dim": 32,
+    "total_batch_tokens": 256,
+    "device_batch_size": 2,
+    "num_steps": 6,
+    "eval_every_steps": 3,
+    "eval_tokens": 256,
+    "log_every_steps": 1,
+    "save_every_steps": 0,
+}
+
+
+@pytest.fixture
+def make_run(tmp_path, tiny_tokenizer):
+    """A function: a run folder with a tokenizer, and its settings over a small corpus."""
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": f"Document {i}: " + "one two three " * (i % 17)}) + "\n"
+                              for i in range(200)))  # fmt: skip
+
+    def make(name, **changes):
+        run_dir = tmp_path / name
+        tiny_tokenizer.save_pretrained(run_dir / "tokenizer")
+        settings = {**SETTINGS, "dataset": str(corpus), "run_dir": str(run_dir), **changes}
+        return run_dir, PretrainConfig(**settings), settings
+
+    return make
+
+
+def curve(run_dir, figure):
+    rows = [json.loads(line) for line in (run_dir / "logs" / "base.jsonl").open()]
+    return {row["step"]: row[figure] for row in rows if figure in row}
+
+
+def test_a_run_writes_a_model_and_its_records(make_run):
+    run_dir, config, settings = make_run("run")
+    pretrain.pretrain(config, settings)
+    model, tokenizer = load_model(run_dir / "base")
+    assert isinstance(model, NanoChatHFForCausalLM) and model.config.vocab_size == len(tokenizer)
+    record = json.loads((run_dir / "eval" / "base.json").read_text())["results"]
+    assert record["tokens"] == 6 * 256 and record["num_parameters"] == sum(p.numel() for p in model.parameters())
+    assert record["val_bpb"] == curve(run_dir, "val_bpb")[6] < record["untrained_val_bpb"]
+    assert sorted(curve(run_dir, "val_bpb")) == [0, 3, 6] and sorted(curve(run_dir, "loss")) == [1, 2, 3, 4, 5, 6]
+    losses = json.loads((run_dir / "eval" / "base_loss.json").read_text())["results"]
+    assert len(losses["samples"]) == 7 and losses["samples"][0].startswith("<|bos|>The capital of France is")
+    pretrain.pretrain(config, settings)  # finished: returns at once
+
+
+def test_a_stopped_run_resumes_exactly(make_run, monkeypatch):
+    whole_dir, config, settings = make_run("whole")
+    pretrain.pretrain(config, settings)
+
+    run_dir, config, settings = make_run("stopped")
+    take_step = Pretraining.take_step
+
+    def stop_after_four(self, batches):
+        self.is_stopping = self.step == 3
+        return take_step(self, batches)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="step 4.*resume"):
+        patch.setattr(Pretraining, "take_step", stop_after_four)
+        pretrain.pretrain(config, settings)
+    assert not (run_dir / "base").exists() and (run_dir / "checkpoints" / "base" / "step-000004").is_dir()
+    pretrain.pretrain(config, settings)
+    assert curve(run_dir, "loss") == curve(whole_dir, "loss")
+    ours, theirs = (load_model(d / "base")[0].state_dict() for d in (run_dir, whole_dir))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_accumulation_changes_nothing(make_run):
+    """One forward pass of four rows, or two of two: the same rows, the same step."""
+    losses = {}
+    for size in (2, 4):
+        run_dir, config, settings = make_run(f"batch{size}", device_batch_size=size, num_steps=3)
+        pretrain.pretrain(config, settings)
+        losses[size] = list(curve(run_dir, "loss").values())
+    assert losses[2] == pytest.approx(losses[4], abs=2e-4)
+
+
+def test_bad_losses_stop_the_run(make_run, monkeypatch):
+    _, config, settings = make_run("nan")
+
+    def broken(self, *args, forward=NanoChatHFForCausalLM.forward, **kwargs):
+        output = forward(self, *args, **kwargs)
+        if self.training:
+            output.loss = output.loss * math.nan
+        return output
+
+    monkeypatch.setattr(NanoChatHFForCausalLM, "forward", broken)
+    with pytest.raises(FloatingPointError, match="3 steps in a row"):
+        pretrain.pretrain(config, settings)
+
+
+def test_a_batch_that_does_not_divide_names_the_nearest(make_run):
+    _, config, settings = make_run("bad", total_batch_tokens=300)
+    with pytest.raises(ValueError, match="total_batch_tokens=300 is no multiple.*2 \\* 64 \\* 1 = 128.*nearest.*256"):
+        pretrain.pretrain(config, settings)
+
+
+def test_a_run_without_tokenizer(tmp_path):
+    config = PretrainConfig(run_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="tokenizer"):
+        pretrain.pretrain(config, {})
