@@ -210,7 +210,8 @@ def test_missing_text_column_names_those_there(tmp_path):
 
 def test_too_few_documents(tmp_path):
     refused("the train split of .* is empty", write_shards(tmp_path / "a", [""][:0], ["y"]))
-    refused("the validation split of .* is empty", write_shards(tmp_path / "a", ["x"], [""][:0]), "validation")
+    assert list(load_corpus(str(write_shards(tmp_path / "a", [""][:0], ["x"], ["y"])), "train")) == ["x"]
+    refused("the validation split of .* is empty", write_shards(tmp_path / "h", ["x"], [""][:0]), "validation")
     refused("holds 1 document; at least two", write_shards(tmp_path / "b", ["x"]))
     (tmp_path / "c.jsonl").write_text('{"text": "x"}\n')
     refused("holds 1 document; at least two", tmp_path / "c.jsonl")

@@ -62,6 +62,8 @@ def _check(shards: list, dataset: str, split: str, on_bad_shard: str) -> None:
     for shard in seen_now:
         try:
             num_rows += shard.num_rows()
+            if shard is shards[0]:
+                next(shard.read(0, 1), None)  # a .jsonl file shows only when read whether it has a key `text`
         except BadShardError as error:
             errors.append(error)
     if errors and (on_bad_shard == "error" or len(errors) == len(shards)):
@@ -70,8 +72,6 @@ def _check(shards: list, dataset: str, split: str, on_bad_shard: str) -> None:
         raise ValueError(
             f"the {split} split of {dataset} is empty: no document in {', '.join(s.name for s in seen_now)}"
         )
-    if not errors:
-        next(seen_now[0].read(0, 1))  # a .jsonl file shows whether it has a key `text` only when it is read
 
 
 class Corpus:
@@ -87,7 +87,7 @@ class Corpus:
 
     def __init__(self, shards, source, rank, world_size, epochs, on_bad_shard):
         self.shards, self.source, self.epochs, self.on_bad_shard = shards, source, epochs, on_bad_shard
-        self._rank, self._world_size = rank, world_size
+        self._rank, self._world_size = self._share = rank, world_size
         self._fingerprint = hashlib.sha256("\n".join(s.identity() for s in shards).encode()).hexdigest()[:16]
         self._is_positioned = False
         self._reset()
@@ -96,23 +96,22 @@ class Corpus:
         self.epoch = self.num_documents = self.num_empty_documents = self.num_skipped_shards = 0
         self._num_epoch_documents = self._shard = self._row = 0
 
-    @property
-    def share(self) -> tuple[int, int]:
-        """(rank, world_size), split once more by the worker of a DataLoader this runs in."""
-        from torch.utils.data import get_worker_info
-
-        if (worker := get_worker_info()) is None:
-            return self._rank, self._world_size
-        return self._rank * worker.num_workers + worker.id, self._world_size * worker.num_workers
-
     def __iter__(self) -> Iterator[str]:
         if not self._is_positioned:
             self._reset()
         self._is_positioned = False
-        return self._documents()
+        self._share = self._current_share()
+        return self._documents(*self._share)
 
-    def _documents(self) -> Iterator[str]:
-        rank, world_size = self.share
+    def _current_share(self) -> tuple[int, int]:
+        """(rank, world_size) of the process, or of the DataLoader worker that asks: its part of the process's rows."""
+        from torch.utils.data import get_worker_info
+
+        if (worker := get_worker_info()) is None:
+            return self._rank, self._world_size
+        return self._rank + self._world_size * worker.id, self._world_size * worker.num_workers
+
+    def _documents(self, rank: int, world_size: int) -> Iterator[str]:
         while self.epochs is None or self.epoch < self.epochs:
             while self._shard < len(self.shards):
                 self._prefetch(self._shard + 1)
@@ -156,7 +155,7 @@ class Corpus:
 
     def state_dict(self) -> dict:
         """The position after the last document given, and the counters: plain ints and strings."""
-        rank, world_size = self.share
+        rank, world_size = self._share
         return {
             "epoch": self.epoch,
             "shard": self._shard,
@@ -181,10 +180,11 @@ class Corpus:
                 f"cannot resume: the files of {self.source} are not those of the checkpoint (another data set, split, "
                 f"num_shards or Python version). Restore them, or start over."
             )
-        if (state["rank"], state["world_size"]) != self.share:
+        self._share = self._current_share()
+        if (state["rank"], state["world_size"]) != self._share:
             raise ValueError(
                 f"cannot resume: the checkpoint's position is of process {state['rank']} of {state['world_size']}, "
-                f"this is process {self.share[0]} of {self.share[1]}: use as many processes as then, or start over."
+                f"this is process {self._share[0]} of {self._share[1]}: use as many processes as then, or start over."
             )
         self.epoch, self._shard, self._row = state["epoch"], state["shard"], state["row"]
         self.num_documents, self._num_epoch_documents = state["num_documents"], state["num_epoch_documents"]
