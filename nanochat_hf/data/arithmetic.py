@@ -2,7 +2,7 @@
 
 A problem is a few sentences with numbers, and a solution in GSM8K's form, so everything made for GSM8K serves it:
 
-    Tom had 23 coins. Mia is 9 years old. He found 12 more. How many coins does Tom have now?
+    Mia is 9 years old. Tom had 23 coins. He found 12 more. How many coins does Tom have now?
     That makes <<23+12=35>>35.
     #### 35
 
@@ -202,16 +202,16 @@ class _Story:
         self.say("ask_now")
 
     def price(self) -> None:
-        items, dollars = self.number(2, 12), self.number(2, 30)
-        self.say("price", a=items, b=dollars)
-        self.calculate(dollars, "*", items)
+        items, cents = self.number(2, 12), self.number(2, 30)
+        self.say("price", a=items, b=cents)
+        self.calculate(cents, "*", items)
         self.say("ask_price", a=items)
 
     def money_left(self) -> None:
-        items, dollars = self.number(2, 9), self.number(2, 9)
-        purse = self.number(items * dollars + 2, 99)
-        self.say("money", a=items, b=dollars, c=purse)
-        self.calculate(purse, "-", self.calculate(items, "*", dollars))
+        items, cents = self.number(2, 9), self.number(2, 9)
+        purse = self.number(items * cents + 2, 99)
+        self.say("money", a=items, b=cents, c=purse)
+        self.calculate(purse, "-", self.calculate(items, "*", cents))
         self.say("ask_money")
 
     def share(self) -> None:

@@ -5,19 +5,20 @@ matter, {d} one that does not. Patterns of one slot mean the same, so any can be
 with training's words what training never says in that order.
 """
 
-MEN = ("Tom", "Ben", "Sam", "Jack", "Leo", "Max", "Omar", "Paul", "Adam", "David", "Peter", "Noah")
-WOMEN = ("Anna", "Lucy", "Mia", "Emma", "Nora", "Rosa", "Ivy", "Sara", "Julia", "Maria", "Laura", "Clara")
+# Short words: a small vocabulary learned from technical text breaks "Wednesday" into five tokens.
+MEN = ("Tom", "Ben", "Sam", "Jack", "Max", "Tim", "Dan", "Jim", "Alan", "Ray", "Ian", "Mark")
+WOMEN = ("Ada", "Ann", "Alice", "Mary", "Grace", "Sue", "Lin", "Rose", "Ida", "Una", "Mia", "Emma")
 THINGS = (
-    *(("apple", "apples"), ("book", "books"), ("coin", "coins"), ("shell", "shells"), ("stamp", "stamps")),
-    *(("pencil", "pencils"), ("card", "cards"), ("button", "buttons"), ("stone", "stones"), ("flower", "flowers")),
-    *(("orange", "oranges"), ("ticket", "tickets"), ("bead", "beads"), ("cookie", "cookies"), ("toy", "toys")),
-    *(("cup", "cups"), ("lemon", "lemons"), ("key", "keys"), ("ball", "balls"), ("candle", "candles")),
+    *(("key", "keys"), ("card", "cards"), ("button", "buttons"), ("cookie", "cookies"), ("toy", "toys")),
+    *(("map", "maps"), ("note", "notes"), ("tool", "tools"), ("car", "cars"), ("book", "books")),
+    *(("coin", "coins"), ("stamp", "stamps"), ("apple", "apples"), ("cup", "cups"), ("ball", "balls")),
+    *(("pen", "pens"), ("egg", "eggs"), ("stone", "stones"), ("ring", "rings"), ("pin", "pins")),
 )
-BOXES = (("box", "boxes"), ("bag", "bags"), ("basket", "baskets"), ("jar", "jars"), ("crate", "crates"))
-PLACES = ("market", "school", "park", "library", "beach", "station", "garden", "museum", "farm", "office")
-EARLY_DAYS = ("Monday", "Tuesday", "Wednesday")
-LATE_DAYS = ("Thursday", "Friday", "Saturday")
-GAINED = ("found", "got", "bought", "collected", "received")
+BOXES = (("box", "boxes"), ("bag", "bags"), ("jar", "jars"), ("case", "cases"), ("pack", "packs"))
+PLACES = ("market", "park", "library", "beach", "station", "shop", "store", "lake")
+EARLY_DAYS = ("Sunday", "Monday")
+LATE_DAYS = ("Friday", "Saturday")
+GAINED = ("found", "got", "bought", "received")
 LOST = ("lost", "sold", "gave away")
 
 PATTERNS = {
@@ -168,27 +169,27 @@ PATTERNS = {
         "test": ["In all, how many {things} were there?", "In all, how many {things} is that?"],
     },
     "price": {
-        "train": ["One {thing} costs {b} dollars.", "At the {place} a {thing} costs {b} dollars."],
-        "test": ["Each {thing} costs {b} dollars at the {place}.", "For one {thing} {n} pays {b} dollars."],
+        "train": ["One {thing} costs {b} cents.", "At the {place} a {thing} costs {b} cents."],
+        "test": ["Each {thing} costs {b} cents at the {place}.", "For one {thing} {n} pays {b} cents."],
     },
     "ask_price": {
-        "train": ["How many dollars do {a} {things} cost?", "How many dollars does {n} pay for {a} {things}?"],
-        "test": ["For {a} {things}, how many dollars does {n} pay?", "{n} buys {a} {things} for how many dollars?"],
+        "train": ["How many cents do {a} {things} cost?", "How many cents does {n} pay for {a} {things}?"],
+        "test": ["For {a} {things}, how many cents does {n} pay?", "{n} buys {a} {things} for how many cents?"],
     },
     "money": {
         "train": [
-            "{n} has {c} dollars and buys {a} {things} for {b} dollars each.",
-            "{n} buys {a} {things} that cost {b} dollars each, and pays with {c} dollars.",
-            "{n} had {c} dollars. At the {place} {he} bought {a} {things} for {b} dollars each.",
+            "{n} has {c} cents and buys {a} {things} for {b} cents each.",
+            "{n} buys {a} {things} that cost {b} cents each, and pays with {c} cents.",
+            "{n} had {c} cents. At the {place} {he} bought {a} {things} for {b} cents each.",
         ],
         "test": [
-            "With {c} dollars {n} buys {a} {things} for {b} dollars each.",
-            "At the {place} {n} buys {a} {things} that cost {b} dollars each. {He} had {c} dollars.",
+            "With {c} cents {n} buys {a} {things} for {b} cents each.",
+            "At the {place} {n} buys {a} {things} that cost {b} cents each. {He} had {c} cents.",
         ],
     },
     "ask_money": {
-        "train": ["How many dollars are left?", "How many dollars does {n} have left?"],
-        "test": ["How many dollars does {he} have in the end?", "Now how many dollars are left?"],
+        "train": ["How many cents are left?", "How many cents does {n} have left?"],
+        "test": ["How many cents does {he} have in the end?", "Now how many cents are left?"],
     },
     "share": {
         "train": [
