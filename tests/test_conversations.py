@@ -28,7 +28,8 @@ def quiet():
 
 
 def write_jsonl(path, rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    """Dicts are written as JSON, bytes as they are."""
+    path.write_bytes(b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows))
     return str(path)
 
 
@@ -241,7 +242,7 @@ def test_hub_data_set_uses_its_own_test_split(monkeypatch):
 @pytest.fixture
 def broken(tmp_path):
     good = [conversation(str(i)) for i in range(18)]
-    good[4], good[7] = '{"messages": [', {"text": "no messages"}
+    good[4], good[7] = b'{"messages": [', {"text": "no messages"}
     return write_jsonl(tmp_path / "broken.jsonl", good)
 
 
@@ -260,12 +261,15 @@ def test_bad_rows_are_skipped_counted_and_said(broken, caplog):
     assert "2 of 18 rows skipped" in caplog.text
 
 
-@pytest.mark.parametrize("row", ["[1, 2]", {"messages": "Hi"}, {"messages": [1, 2]}, {"messages": [None, ANSWER]}])
+@pytest.mark.parametrize(
+    "row",
+    [b"[1, 2]", b"", b'{"messages": "\xff"}', {"messages": "Hi"}, {"messages": [1, 2]}, {"messages": [None, ANSWER]}],
+)
 def test_rows_of_another_shape_are_bad_rows_too(tmp_path, row):
-    path = write_jsonl(tmp_path / "a.jsonl", [conversation("good"), row])
+    path = write_jsonl(tmp_path / "a.jsonl", [conversation("good"), row, conversation("good too")])
     counts = {}
     build_mixture([{"source": "messages", "dataset": path}], on_bad_row="skip", counts=counts)
-    assert counts["messages:a"] == {"rows": 1, "skipped": 1}
+    assert counts["messages:a"] == {"rows": 2, "skipped": 1}
     with pytest.raises(ValueError, match="a.jsonl:2: "):
         build_mixture([{"source": "messages", "dataset": path}])
 
@@ -284,6 +288,7 @@ def test_a_row_of_another_source_names_the_missing_column(tmp_path, source):
         (["arithmetic"], "entry 0 must say `source:`"),
         ([{"source": "arithmetik", "rows": 5}], "unknown source 'arithmetik'; did you mean 'arithmetic'"),
         ([{"source": "arithmetic", "row": 5}], "unknown key 'row', did you mean 'rows'"),
+        ([{"source": "arithmetic", "rows": 5, "two_steps": "half"}], "two_steps is a fraction .* got 'half'"),
         ([{"source": "identity", "two_steps": 0.5}], "unknown key 'two_steps'"),
         ([{"source": "arithmetic"}], "say how many, e.g. rows: 1000"),
         ([{"source": "arithmetic", "rows": 0}], "rows must be a whole number of at least 1, got 0"),

@@ -51,8 +51,8 @@ def arithmetic_problems(
     if split not in ("train", "test"):
         raise ValueError(f"arithmetic problems have the splits train and test, not {split!r}")
     for name, fraction in (("two_steps", two_steps), ("distractors", distractors)):
-        if not 0 <= fraction <= 1:
-            raise ValueError(f"{name} is a fraction between 0 and 1, got {fraction}")
+        if not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
+            raise ValueError(f"{name} is a fraction between 0 and 1, got {fraction!r}")
     rng = random.Random(f"{split} {seed}")
     problems: dict[str, dict] = {}
     while len(problems) < num_problems:

@@ -106,6 +106,7 @@ def build_mixture(
     tables, order, total = [], [], 0
     for position, source in enumerate(sources):
         check_source(position, source)
+    for source in sources:
         table = _load_source(source, split, seed, on_bad_row, counts)
         epochs = source.get("epochs", 1) if split == "train" else 1
         counts[_label(source)]["rows"] += epochs * len(table)
@@ -167,7 +168,10 @@ def _load_source(source: dict, split: str, seed: int, on_bad_row: str, counts: d
     # The permutation is datasets' own, as nanochat's is.
     permutation = datasets.Dataset.from_dict({"row": rows}).shuffle(seed=seed)["row"][:num_rows]
     converted = table.select(permutation).map(
-        lambda row: _convert(row, kind.to_messages, label), remove_columns=table.column_names, features=_FEATURES
+        lambda row: _convert(row, kind.to_messages, label),
+        remove_columns=table.column_names,
+        features=_FEATURES,
+        load_from_cache_file=False,  # the cache's key would not see a change of to_messages
     )
     problems = converted["problem"][:]
     bad = [i for i, problem in enumerate(problems) if problem]
@@ -212,7 +216,7 @@ def _convert(row: dict, to_messages: Callable[[dict], list[dict]], label: str) -
     return {"messages": messages, "source": label, "problem": ""}
 
 
-def _parse_line(line: str) -> dict:
+def _parse_line(line: bytes) -> dict:
     try:
         row = json.loads(line)
     except ValueError as error:
