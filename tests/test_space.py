@@ -1,0 +1,230 @@
+"""The Space: talked to over HTTP as a browser would, and started from a copy of exactly what publishing uploads."""
+
+import ast
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import yaml
+
+gr = pytest.importorskip("gradio", reason="the extra `space` is not installed")
+from gradio_client import Client  # noqa: E402
+from gradio_client.exceptions import AppError  # noqa: E402
+from scripted import scripted  # noqa: E402
+
+import nanochat_hf.space.app as app  # noqa: E402
+from nanochat_hf.chat import ChatSession  # noqa: E402
+from nanochat_hf.sampling import Sampling  # noqa: E402
+from nanochat_hf.tokenizer import special_ids  # noqa: E402
+
+SPACE = Path(app.__file__).parent
+PACKAGE = SPACE.parent
+SETTINGS = (0.0, 50, 99, 1)  # temperature, top-k, longest answer, seed
+
+
+@pytest.fixture(scope="module")
+def model(tiny_tokenizer):
+    """Repeats the message; a message of digits and operators is calculated instead."""
+    special = special_ids(tiny_tokenizer)
+
+    def script_of(prompt):
+        start = len(prompt) - prompt[::-1].index(special["<|user_start|>"])
+        message = prompt[start : prompt.index(special["<|user_end|>"], start)]
+        if set(tiny_tokenizer.decode(message)) <= set("0123456789+*"):
+            call = [special["<|python_start|>"], *message, special["<|python_end|>"]]
+            return [*b"It is ", *call, *b".", special["<|assistant_end|>"]]
+        return [*message, special["<|assistant_end|>"]]
+
+    return scripted(tiny_tokenizer, script_of)
+
+
+@pytest.fixture(scope="module")
+def url(model, tiny_tokenizer):
+    """The app with that model, served on loopback."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app, "load_chat_model", lambda name: (model, tiny_tokenizer))
+        patch.setattr(app, "SECONDS_BETWEEN_UPDATES", 0.0)
+        patch.setenv("MESSAGES_PER_MINUTE", "1000")
+        interface = app.build_app("someone/model")
+        interface.queue(max_size=app.MAX_QUEUED_ANSWERS)
+        yield interface.launch(prevent_thread_lock=True, quiet=True, server_port=free_port())[1]
+        interface.close()
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def texts(answer):
+    return [piece["content"] for piece in answer]
+
+
+def test_an_answer_streams(url):
+    job = Client(url, verbose=False).submit("a b c d e f", *SETTINGS)
+    job.result()
+    updates = [texts(update)[0] for update in job.outputs()]
+    assert updates[-1] == "a b c d e f"
+    assert len(set(updates)) > 2 and all(updates[-1].startswith(update) for update in updates)
+
+
+def test_a_tool_call_is_a_closed_step_between_the_texts(url):
+    answer = Client(url, verbose=False).predict("6*7", *SETTINGS)
+    assert texts(answer) == ["It is ", "42", "."]
+    assert answer[1]["metadata"] == {"title": app.TOOL_TITLE, "log": "6*7", "status": "done"}
+
+
+def test_a_conversation_keeps_its_cache_between_turns(url, model):
+    client = Client(url, verbose=False)
+    client.predict("6*7", *SETTINGS)
+    del model.num_tokens_read[:]
+    assert texts(client.predict("and so on", *SETTINGS)) == ["and so on"]
+    assert model.num_tokens_read[0] < 15
+
+
+def test_users_at_once_get_their_own_answers(url):
+    def talk(user):
+        client = Client(url, verbose=False)
+        return [texts(client.predict(f"user {user} says {turn}", *SETTINGS))[0] for turn in range(2)]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(talk, range(4))) == [
+            [f"user {user} says {turn}" for turn in range(2)] for user in range(4)
+        ]
+
+
+@pytest.mark.parametrize(
+    "message, settings, reason",
+    [
+        ("x" * 8001, SETTINGS, "8,000"),
+        ("  ", SETTINGS, "empty"),
+        ("hi", (2.5, 50, 9, 1), "maximum"),
+        ("hi", (1, 201, 9, 1), "maximum"),
+        ("hi", (1, 50, 5000, 1), "maximum"),
+    ],
+)
+def test_refusals_have_a_reason_and_the_service_goes_on(message, settings, reason, url):
+    client = Client(url, verbose=False)
+    with pytest.raises(AppError, match=reason):
+        client.predict(message, *settings)
+    assert texts(client.predict("still there", *SETTINGS)) == ["still there"]
+
+
+def test_the_history_of_a_browser_is_the_sessions_own(model, tiny_tokenizer):
+    """What Gradio shows, read back, equals what the session remembers: else every turn would be read anew."""
+    session = ChatSession(model, tiny_tokenizer)
+    history = []
+    for message in ("6*7", "and so on", "1+1"):
+        assert app.messages_of(history, message)[:-1] == session.messages
+        shown = []
+        for event in session.reply([*session.messages, {"role": "user", "content": message}], Sampling()):
+            app.show(shown, event)
+        history.append({"role": "user", "content": [{"type": "text", "text": message}]})
+        history += [{"role": "assistant", "content": m.content, "metadata": m.metadata} for m in shown]
+
+
+def test_a_question_left_unanswered_is_passed_over():
+    history = [{"role": "user", "content": "lost"}]
+    assert app.messages_of(history, "asked again") == [{"role": "user", "content": "asked again"}]
+
+
+def test_limits_on_the_whole_conversation():
+    long = [{"role": "user", "content": "x" * 5000}, {"role": "assistant", "content": "y" * 5000}] * 4
+    with pytest.raises(ValueError, match="32,000"):
+        app.check_limits([*long, {"role": "user", "content": "hi"}])
+    with pytest.raises(ValueError, match="500"):
+        app.check_limits([{"role": "user", "content": "x"}] * 501)
+
+
+def test_rate_limit_by_client():
+    limit = app.RateLimit(max_calls=2)
+    assert [limit.allows("a", now) for now in (0, 1, 2)] == [True, True, False]
+    assert limit.allows("b", 2)
+    assert limit.allows("a", 60) and not limit.allows("a", 60.5)
+
+
+def test_kept_sessions_are_few_and_never_shared(tiny_tokenizer, model):
+    kept = app.KeptSessions(model, tiny_tokenizer)
+    first = kept.take("tab")
+    assert kept.take("tab") is not first  # the first is in use
+    kept.put_back("tab", first)
+    assert kept.take("tab") is first
+    for number in range(app.NUM_KEPT_CACHES + 3):
+        kept.put_back(str(number), kept.take(str(number)))
+    assert len(kept._sessions) == app.NUM_KEPT_CACHES
+
+
+@pytest.mark.parametrize("model_id, reason", [(None, "set MODEL_ID"), ("/no/such/folder", "no folder")])
+def test_a_missing_model_is_said(model_id, reason, monkeypatch):
+    monkeypatch.delenv("MODEL_ID", raising=False)
+    if model_id:
+        monkeypatch.setenv("MODEL_ID", model_id)
+    with pytest.raises(SystemExit, match=reason):
+        app.main()
+
+
+def test_the_readme_is_space_metadata():
+    metadata = yaml.safe_load((SPACE / "README.md").read_text().split("---")[1])
+    assert metadata["sdk"] == "gradio" and (SPACE / metadata["app_file"]).is_file()
+    assert int(metadata["sdk_version"].split(".")[0]) >= 6 and len(metadata["short_description"]) <= 60
+
+
+def imports_of_ours(path):
+    """Files of the package that a file imports, relative to the package."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            folder = path.parents[node.level - 1] if node.level else PACKAGE.parent
+            base = folder / (node.module or "").replace(".", "/")
+            found |= {base.with_suffix(".py"), *(base / f"{alias.name}.py" for alias in node.names)}
+            found |= {folder / "__init__.py" for folder in base.parents if folder.is_relative_to(PACKAGE)}
+    return {file.relative_to(PACKAGE) for file in found if file.is_relative_to(PACKAGE) and file.is_file()}
+
+
+def test_modules_txt_lists_exactly_what_the_app_imports():
+    needed, waiting = set(), [SPACE / "app.py"]
+    while waiting:
+        new = imports_of_ours(waiting.pop()) - needed
+        needed |= new
+        waiting += [PACKAGE / file for file in new]
+    listed = {Path(line) for line in (SPACE / "modules.txt").read_text().split()}
+    assert listed - needed == {Path("chat_template.jinja")}  # read by tokenizer.py
+    assert needed - listed == set()
+
+
+def test_the_upload_runs_by_itself(tiny_model, tiny_tokenizer, tmp_path):
+    """Its own files and the listed ones, in a folder of their own, started as the Hub starts a Space."""
+    model_folder, space = tmp_path / "model", tmp_path / "space"
+    tiny_model.save_pretrained(model_folder)
+    tiny_tokenizer.save_pretrained(model_folder)
+    shutil.copytree(SPACE, space, ignore=shutil.ignore_patterns("__pycache__"))
+    for line in (SPACE / "modules.txt").read_text().split():
+        (space / "nanochat_hf" / line).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(PACKAGE / line, space / "nanochat_hf" / line)
+    with open(space / "nanochat_hf" / "__init__.py", "a") as file:
+        file.write("\nprint('this is the copy', flush=True)\n")
+    port = free_port()
+    environment = os.environ | {"MODEL_ID": str(model_folder), "GRADIO_SERVER_PORT": str(port)}
+    log = tmp_path / "log"
+    with open(log, "w") as output:
+        server = subprocess.Popen([sys.executable, "app.py"], cwd=space, env=environment, stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + 120
+        while "Running on local URL" not in log.read_text():
+            assert server.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        assert "this is the copy" in log.read_text()
+        client = Client(f"http://127.0.0.1:{port}", verbose=False)
+        first, second = (client.predict("Hello", 1.0, 50, 8, 7) for _ in range(2))
+        assert first and first != second  # a second turn, seeded alike but further on
+        assert "Hello" not in log.read_text()
+    finally:
+        server.terminate()
+        server.wait(20)
