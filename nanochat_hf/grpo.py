@@ -10,7 +10,6 @@ tool output and the end of the turn are not trained, as in nanochat. Rewards are
 import importlib
 import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -27,7 +26,7 @@ from .recipe import nearest
 from .rewards import checked, extract_answer
 from .stage import Stage
 from .tokenizer import encode_prompt
-from .trl_stage import load_start, prepare_arguments, stage_optimizer, stage_schedule, train_stage, use_curve
+from .trl_stage import load_start, prepare_arguments, stage_optimizer, stage_schedule, train_stage
 
 NUM_REWARD_STEPS = 3  # `reward_first` and `reward_last` are means over so many steps: one step alone is noise
 
@@ -85,23 +84,16 @@ def run_grpo(config: GRPOStageConfig, training_args: GRPOConfig, settings: dict)
             processing_class=tokenizer,
             rollout_func=rollout,
         )
-        curve = use_curve(trainer, stage, "reward")
-        started = time.time()
-        train_stage(trainer, stage)
-        seconds = time.time() - started
-        mean_rewards = [figures["reward"] for figures in curve]
-        tokens = int(trainer.state.num_input_tokens_seen)
+        curve, figures = train_stage(trainer, stage, "reward")
+        mean_rewards = [line["reward"] for line in curve]
         stage.results |= {
             "num_problems": len(problems),
-            "num_steps": trainer.state.global_step,
             "num_completions": trainer.state.global_step * completions_per_step(training_args),
-            "tokens": tokens,
-            "tokens_per_second": tokens / seconds,
-            "training_seconds": seconds,
+            **figures,
             "reward_first": fmean(mean_rewards[:NUM_REWARD_STEPS]),
             "reward_last": fmean(mean_rewards[-NUM_REWARD_STEPS:]),
-            "uniform_groups": fmean(figures["frac_reward_zero_std"] for figures in curve),
-            "completion_tokens": fmean(figures["completions/mean_length"] for figures in curve[-NUM_REWARD_STEPS:]),
+            "uniform_groups": fmean(line["frac_reward_zero_std"] for line in curve),
+            "completion_tokens": fmean(line["completions/mean_length"] for line in curve[-NUM_REWARD_STEPS:]),
         }
         if trainer.is_world_process_zero():
             with atomic_folder(Path(config.run_dir) / config.stage) as partial:

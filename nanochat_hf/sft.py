@@ -8,22 +8,20 @@ other (`packing_strategy: bfd`) and learns the assistant's tokens only (`assista
 """
 
 import shutil
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
-import numpy as np
 import torch
-from trl import SFTConfig, SFTTrainer, pack_dataset
+from trl import SFTConfig, SFTTrainer
 
 from .checkpoint import atomic_folder, save_model
 from .configs import SFTStageConfig
+from .data.conversation_rows import describe_counts, encode_mixture, pack_rows, padded_batches
 from .data.conversations import build_mixture
 from .evaluation.bpb import evaluate_bpb
 from .stage import Stage
-from .tokenizer import encode_conversation, token_byte_lengths
-from .trl_stage import load_start, prepare_arguments, stage_optimizer, stage_schedule, train_stage, use_curve
+from .tokenizer import token_byte_lengths
+from .trl_stage import load_start, prepare_arguments, stage_optimizer, stage_schedule, train_stage
 
 
 class StageSFTTrainer(SFTTrainer):
@@ -80,30 +78,25 @@ def run_sft(config: SFTStageConfig, training_args: SFTConfig, settings: dict) ->
         model, tokenizer = load_start(config.run_dir, config.start_from)
         train, train_counts = load_conversations(config, training_args, tokenizer, "train")
         validation, validation_counts = load_conversations(config, training_args, tokenizer, "test")
-        rows = pack_rows(train, training_args, assistant_only)
+        strategy = training_args.packing_strategy if training_args.packing else None
+        packing = (training_args.max_length, strategy, assistant_only)
+        rows = pack_rows(train, *packing)
         trainer = StageSFTTrainer(
             config,
             model=model,
             args=training_args,
             train_dataset=rows,
-            eval_dataset=pack_rows(validation, training_args, assistant_only),
+            eval_dataset=pack_rows(validation, *packing),
             processing_class=tokenizer,
         )
-        curve = use_curve(trainer, stage, "loss")
         before = bits_per_byte(trainer, validation, tokenizer, assistant_only)
-        started = time.time()
-        train_stage(trainer, stage)
-        seconds = time.time() - started
-        tokens = int(trainer.state.num_input_tokens_seen)
+        curve, figures = train_stage(trainer, stage, "loss")
         stage.results |= {
             "train_mixture": train_counts,
             "validation_mixture": validation_counts,
             "num_rows": len(train),
             "num_packed_rows": len(rows),
-            "num_steps": trainer.state.global_step,
-            "tokens": tokens,
-            "tokens_per_second": tokens / seconds,
-            "training_seconds": seconds,
+            **figures,
             "train_loss": curve[-1]["loss"],
             "val_loss": trainer.evaluate()["eval_loss"],
             **bits_per_byte(trainer, validation, tokenizer, assistant_only),
@@ -145,82 +138,6 @@ def mixture_sources(config: SFTStageConfig) -> list[dict]:
     return sources
 
 
-def encode_mixture(
-    mixture: datasets.Dataset, tokenizer, max_tokens: int, overlong: str
-) -> tuple[datasets.Dataset, dict]:
-    """Encode conversations exactly and keep those that can be learned from.
-
-    Args:
-        mixture: columns `messages` and `source`.
-        max_tokens: longest conversation that fits a row.
-        overlong: `truncate` longer ones to `max_tokens`, or `drop` them.
-
-    Returns:
-        Columns `input_ids`, `labels` (the assistant's tokens, else -100) and `source`; and the counts: rows and tokens
-        per source, truncated, dropped for length, dropped because no target was left (they could only give NaN).
-
-    Raises:
-        ValueError: a conversation that cannot be encoded (with its number), or none left to learn from.
-    """
-
-    def encode(row: dict, index: int) -> dict:
-        try:
-            ids, mask = encode_conversation(tokenizer, row["messages"])
-        except ValueError as error:
-            raise ValueError(f"row {index} of the mixture (source {row['source']}): {error}") from error
-        labels = [token if trained else -100 for token, trained in zip(ids, mask, strict=True)][:max_tokens]
-        return {
-            "input_ids": ids[:max_tokens],
-            "labels": labels,
-            "overlong": len(ids) > max_tokens,
-            "has_target": any(label != -100 for label in labels[1:]),  # nothing predicts a row's first token
-        }
-
-    encoded = mixture.map(encode, with_indices=True, remove_columns=["messages"])
-    is_overlong, has_target = np.array(encoded["overlong"], bool), np.array(encoded["has_target"], bool)
-    is_dropped = is_overlong & (overlong == "drop")
-    kept = encoded.select(np.flatnonzero(has_target & ~is_dropped)).remove_columns(["overlong", "has_target"])
-    if len(kept) == 0:
-        raise ValueError(
-            f"no conversation is left of {len(mixture)}: {int(is_dropped.sum())} were dropped as longer than "
-            f"max_length={max_tokens}, the others have no assistant token within it; raise max_length"
-        )
-    lengths = np.array([len(ids) for ids in kept["input_ids"]])
-    sources = np.array(kept["source"])
-    counts = {
-        "rows": {name: int((sources == name).sum()) for name in sorted(set(sources))},
-        "tokens": {name: int(lengths[sources == name].sum()) for name in sorted(set(sources))},
-        "truncated": int((is_overlong & has_target & ~is_dropped).sum()),
-        "dropped_overlong": int(is_dropped.sum()),
-        "dropped_without_target": int((~has_target & ~is_dropped).sum()),
-    }
-    return kept, counts
-
-
-def describe_counts(title: str, counts: dict) -> str:
-    """The mixture as a small table: rows, tokens and token share per source, then what was cut or dropped."""
-    total = sum(counts["tokens"].values())
-    lines = [f"{title}: {sum(counts['rows'].values()):,} conversations, {total:,} tokens"]
-    for name, num_rows in counts["rows"].items():
-        tokens = counts["tokens"][name]
-        lines.append(f"  {name:<18}{num_rows:>8,} rows {tokens:>12,} tokens {tokens / total:>7.1%}")
-    lines.append(
-        f"  truncated {counts['truncated']}; dropped: {counts['dropped_overlong']} too long, "
-        f"{counts['dropped_without_target']} without a target, {counts['skipped_bad']} bad"
-    )
-    return "\n".join(lines)
-
-
-def pack_rows(encoded: datasets.Dataset, training_args: SFTConfig, assistant_only: bool) -> datasets.Dataset:
-    """Rows as TRL's collator takes them: packed if the recipe packs; without `labels` every token is a target."""
-    rows = encoded.select_columns(["input_ids", "labels"] if assistant_only else ["input_ids"])
-    if training_args.packing:
-        rows = pack_dataset(rows, training_args.max_length, training_args.packing_strategy)
-        # The last row of a wrapped stream may be a single token, which predicts nothing.
-        rows = rows.select(np.flatnonzero([len(ids) > 1 for ids in rows["input_ids"]]))
-    return rows
-
-
 def bits_per_byte(trainer: SFTTrainer, encoded: datasets.Dataset, tokenizer, assistant_only: bool) -> dict:
     """Bits per byte of conversations, each alone in its row.
 
@@ -236,26 +153,3 @@ def bits_per_byte(trainer: SFTTrainer, encoded: datasets.Dataset, tokenizer, ass
             figures[f"val_bpb_{name}"] = evaluate_bpb(model, batches, byte_lengths)
     model.train()
     return {"val_bpb": figures["val_bpb_assistant" if assistant_only else "val_bpb_all"], **figures}
-
-
-def padded_batches(
-    encoded: datasets.Dataset, pad_token_id: int, assistant_only: bool, device, batch_size: int = 16
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Right-padded batches (B, T) of whole conversations, longest first, with `shift_labels` for `evaluate_bpb`."""
-    rows = sorted(encoded, key=lambda row: -len(row["input_ids"]))
-    for start in range(0, len(rows), batch_size):
-        chunk = rows[start : start + batch_size]
-        width = len(chunk[0]["input_ids"])
-        input_ids = torch.full((len(chunk), width), pad_token_id)
-        shift_labels = torch.full((len(chunk), width), -100)
-        attention_mask = torch.zeros((len(chunk), width), dtype=torch.long)
-        for i, row in enumerate(chunk):
-            ids, labels = row["input_ids"], row["labels"] if assistant_only else row["input_ids"]
-            input_ids[i, : len(ids)] = torch.tensor(ids)
-            shift_labels[i, : len(ids) - 1] = torch.tensor(labels[1:])
-            attention_mask[i, : len(ids)] = 1
-        yield {
-            "input_ids": input_ids.to(device),
-            "shift_labels": shift_labels.to(device),
-            "attention_mask": attention_mask.to(device),
-        }

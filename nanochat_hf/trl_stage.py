@@ -3,15 +3,24 @@
 TRL owns the loop; the optimizer's groups, the schedule and everything written to the run's folder are ours.
 """
 
+import json
 import math
 import sys
+import time
+import warnings
 from pathlib import Path
 
 import datasets
 import torch
 import transformers
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from .checkpoint import load_model
@@ -60,6 +69,8 @@ def prepare_arguments(training_args, settings: dict, checkpoint_dir: Path) -> No
             )
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
+    # TRL 1.16 reads the old name of `activation_checkpointing`, transformers 5.23 warns of it.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
     training_args.output_dir = str(checkpoint_dir)
     training_args.logging_nan_inf_filter = False  # it would hide a NaN behind the mean of earlier losses
     if training_args.bf16 and training_args.use_cpu and not supports_bf16(torch.device("cpu")):
@@ -84,7 +95,7 @@ class CurveCallback(TrainerCallback):
     """Writes each logged step to the stage's curve, shows one progress bar, and stops at a loss that is no number.
 
     Attributes:
-        curve: the figures written so far, one dict a logged step.
+        curve: the figures written so far, one dict a logged step; a resumed stage's begins with those before.
     """
 
     def __init__(self, stage: Stage, figure: str):
@@ -93,8 +104,16 @@ class CurveCallback(TrainerCallback):
         self.bar = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero and not args.disable_tqdm:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage.name, mininterval=1.0)
+        self.started, self.tokens_before = time.time(), state.num_input_tokens_seen
+        if self.stage.log_path.is_file():
+            lines = map(json.loads, self.stage.log_path.read_text().splitlines())
+            self.curve += [line for line in lines if line["step"] <= state.global_step]
+        if state.is_world_process_zero:
+            self.stage.log_path.unlink(missing_ok=True)
+            for line in self.curve:
+                self.stage.log(**line)
+            if not args.disable_tqdm:
+                self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage.name, mininterval=1)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:
@@ -114,23 +133,32 @@ class CurveCallback(TrainerCallback):
             self.bar.set_postfix({self.figure: f"{figures[self.figure]:.4f}"})
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.seconds = time.time() - self.started
         if self.bar is not None:
             self.bar.close()
 
 
-def use_curve(trainer, stage: Stage, figure: str) -> list[dict]:
-    """Replace the trainer's progress bar, which prints every log line, by ours; returns the curve as it grows."""
+def train_stage(trainer, stage: Stage, figure: str) -> tuple[list[dict], dict]:
+    """Train, from this stage's newest checkpoint if it was interrupted.
+
+    Args:
+        figure: what the progress bar shows and the curve is made of: `loss`, `reward`.
+
+    Returns:
+        The curve, and the figures every record has: steps, tokens, tokens a second and seconds (of this session).
+    """
     callback = CurveCallback(stage, figure)
-    trainer.remove_callback(ProgressCallback)
+    for printing in (ProgressCallback, PrinterCallback):  # they would print every log line
+        trainer.remove_callback(printing)
     trainer.add_callback(callback)
-    return callback.curve
-
-
-def train_stage(trainer, stage: Stage) -> None:
-    """Train, from this stage's newest checkpoint if it was interrupted; else with an empty curve."""
     checkpoint = get_last_checkpoint(trainer.args.output_dir)
-    if checkpoint is None:
-        stage.log_path.unlink(missing_ok=True)
-    else:
+    if checkpoint is not None:
         print(f"{stage.name}: resuming from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint)
+    tokens = int(trainer.state.num_input_tokens_seen)
+    return callback.curve, {
+        "num_steps": trainer.state.global_step,
+        "tokens": tokens,
+        "tokens_per_second": (tokens - callback.tokens_before) / callback.seconds,
+        "training_seconds": callback.seconds,
+    }
