@@ -250,17 +250,19 @@ def test_offline_hub_id_says_so(tmp_path, monkeypatch):
 @pytest.fixture
 def hub(folder, monkeypatch):
     """huggingface_hub with one repository, `someone/text`: the test folder below `data/`, and another file."""
-    calls = SimpleNamespace(fetched=[], slept=[], failures=0)
+    calls = SimpleNamespace(fetched=[], slept=[], failures=0, commit="c0ffee")
 
-    def dataset_info(self, repo):
+    def dataset_info(self, repo, files_metadata):
         if repo != "someone/text":
             response = SimpleNamespace(headers={}, request=None, status_code=404)
             raise huggingface_hub.errors.RepositoryNotFoundError("404", response=response)
         names = ["README.md", "data/note.txt", *(f"data/{p.name}" for p in sorted(folder.iterdir())), "other/a.parquet"]
-        return SimpleNamespace(sha="c0ffee", siblings=[SimpleNamespace(rfilename=n) for n in reversed(names)])
+        return SimpleNamespace(
+            sha=calls.commit, siblings=[SimpleNamespace(rfilename=n, blob_id=n) for n in reversed(names)]
+        )
 
     def hf_hub_download(repo, name, repo_type, revision):
-        assert (repo, repo_type, revision) == ("someone/text", "dataset", "c0ffee")
+        assert (repo, repo_type, revision) == ("someone/text", "dataset", calls.commit)
         if calls.failures:
             calls.failures -= 1
             raise ConnectionError("reset by peer")
@@ -282,6 +284,15 @@ def test_hub_dataset_is_read_like_a_folder(hub):
     assert list(load_corpus("someone/text/data", "train", num_shards=2)) == TRAIN[:47]
     assert set(hub.fetched) == {"data/shard_00000.parquet", "data/shard_00001.parquet"}
     assert list(load_corpus("someone/text", "train")) == TRAIN + texts(4, 9)  # then `other/a.parquet` is the last
+
+
+def test_hub_position_outlives_a_commit_that_leaves_the_files(hub):
+    corpus = load_corpus("someone/text/data", "train")
+    assert next(iter(corpus)) == TRAIN[0]
+    hub.commit = "deadbeef"
+    resumed = load_corpus("someone/text/data", "train")
+    resumed.load_state_dict(corpus.state_dict())
+    assert next(iter(resumed)) == TRAIN[1]
 
 
 def test_hub_reads_are_tried_again(hub, caplog, monkeypatch):

@@ -4,6 +4,8 @@ import io
 import itertools
 import json
 import random
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -237,6 +239,20 @@ def test_the_thread_ends_with_the_iteration(corpus_of):
     for thread in threads:
         thread.join(timeout=10)
         assert not thread.is_alive()
+
+
+def test_a_process_that_exits_in_the_middle_exits_quietly(tmp_path):
+    (tmp_path / "text.jsonl").write_text("".join(f'{{"text": "{i} {i}"}}\n' for i in range(100)))
+    code = f"""
+from nanochat_hf.data import packing
+from nanochat_hf.data.corpus import load_corpus
+packing.encode_documents = lambda tokenizer, texts: [[0, *map(int, text.split())] for text in texts]
+dataset = packing.PackedDataset(load_corpus({str(tmp_path / "text.jsonl")!r}, epochs=None), None, 8, 10, 4)
+rows = iter(dataset)
+next(rows)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_giant_document_is_kept_no_longer_than_a_row(corpus_of):

@@ -112,6 +112,7 @@ class Corpus:
         return self._rank + self._world_size * worker.id, self._world_size * worker.num_workers
 
     def _documents(self, rank: int, world_size: int) -> Iterator[str]:
+        bad_shard = BadShardError  # a local: modules are gone when a process exits in the middle
         while self.epochs is None or self.epoch < self.epochs:
             while self._shard < len(self.shards):
                 self._prefetch(self._shard + 1)
@@ -126,7 +127,7 @@ class Corpus:
                         self.num_documents += 1
                         self._num_epoch_documents += 1
                         yield text
-                except BadShardError as error:
+                except bad_shard as error:
                     if self.on_bad_shard == "error":
                         raise
                     self.num_skipped_shards += 1

@@ -23,6 +23,7 @@ class HubFile(NamedTuple):
     repo: str
     name: str
     commit: str
+    blob: str  # identifies the content, also when a later commit leaves the file as it is
 
     def fetch(self) -> Path:
         """The path of the local copy, downloaded into the Hub cache at the first call.
@@ -53,7 +54,9 @@ def list_parquet_files(repo: str, folder: str) -> list[HubFile]:
     import huggingface_hub
 
     try:
-        info = _with_retries(lambda: huggingface_hub.HfApi().dataset_info(repo), repo, RETRY_SECONDS[:3])
+        info = _with_retries(
+            lambda: huggingface_hub.HfApi().dataset_info(repo, files_metadata=True), repo, RETRY_SECONDS[:3]
+        )
     except huggingface_hub.errors.RepositoryNotFoundError as error:
         raise HubUnavailable(f"the Hub has no public dataset {repo!r}") from error
     except Exception as error:
@@ -61,13 +64,14 @@ def list_parquet_files(repo: str, folder: str) -> list[HubFile]:
         raise HubUnavailable(
             f"the Hub cannot be asked for a dataset {repo!r} ({reason}); offline, name a local folder"
         ) from error
-    names = sorted(file.rfilename for file in info.siblings if file.rfilename.endswith(".parquet"))
+    blobs = {file.rfilename: file.blob_id for file in info.siblings if file.rfilename.endswith(".parquet")}
+    names = sorted(blobs)
     chosen = [name for name in names if name.startswith(f"{folder}/" if folder else "")]
     if not chosen:
         folders = sorted({name.rpartition("/")[0] or "its root" for name in names})
         place = f"they lie in {', '.join(folders[:9])}" if names else "it has none at all"
         raise ValueError(f"the Hub dataset {repo} has no .parquet file in {folder or 'it'}: {place}")
-    return [HubFile(repo, name, info.sha) for name in chosen]
+    return [HubFile(repo, name, info.sha, blobs[name]) for name in chosen]
 
 
 def _with_retries(read: Callable, what: str, retry_seconds: tuple[int, ...]):

@@ -167,18 +167,16 @@ class PackedDataset(IterableDataset):
             tokens = [np.array(ids, np.int32) for ids in encode_documents(self.tokenizer, texts)] if texts else []
             return tokens, corpus.state_dict()
 
+        # Dropped with this generator; its thread ends by itself then, as executors' threads do.
         executor = ThreadPoolExecutor(1, "tokenise-ahead")
-        try:
-            ahead: deque[Future] = deque(executor.submit(refill) for _ in range(_REFILLS_AHEAD))
-            while True:
-                tokens, state = ahead.popleft().result()
-                if not tokens:
-                    return
-                ahead.append(executor.submit(refill))
-                self._corpus_state = state
-                yield tokens
-        finally:
-            executor.shutdown(wait=False, cancel_futures=True)
+        ahead: deque[Future] = deque(executor.submit(refill) for _ in range(_REFILLS_AHEAD))
+        while True:
+            tokens, state = ahead.popleft().result()
+            if not tokens:
+                return
+            ahead.append(executor.submit(refill))
+            self._corpus_state = state
+            yield tokens
 
     def _best_fit_rows(self, refills: Iterator[list[np.ndarray]]) -> Iterator[np.ndarray]:
         row_tokens = self.sequence_length + 1

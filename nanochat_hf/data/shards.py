@@ -118,6 +118,7 @@ class ParquetShard:
 
     def read(self, start: int, step: int) -> Iterator[tuple[int, str | None]]:
         row = self.first + start  # the next wanted row of the file
+        damage = (OSError, pa.ArrowException, UnicodeDecodeError)  # a local: modules are gone when the process exits
         try:
             with self._open() as file:
                 stop = file.metadata.num_rows if self.stop is None else self.stop
@@ -133,7 +134,7 @@ class ParquetShard:
                             yield row - self.first, text
                             row += step
                         position += len(batch)
-        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        except damage as error:
             raise BadShardError(_broken(self.name, row, error)) from error
 
     def _open(self) -> pq.ParquetFile:
@@ -187,7 +188,7 @@ def find_shards(dataset: str, split: str, num_shards: int | None) -> list:
             files = list_parquet_files(hub_id[1], hub_id[2] or "")
         except HubUnavailable as error:
             raise ValueError(f"{_missing(path)} And {error}. {_FORMS}.") from error
-        shards = [ParquetShard(f"{f.repo}/{f.name}", f.fetch, f.commit, is_remote=True) for f in files]
+        shards = [ParquetShard(f"{f.repo}/{f.name}", f.fetch, f.blob, is_remote=True) for f in files]
     else:
         raise ValueError(f"{_missing(path)} {_FORMS}.")
     if len(shards) == 1:
