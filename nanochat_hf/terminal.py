@@ -134,7 +134,9 @@ class Terminal:
             "/help": lambda _: HELP.format(temperature=self.sampling.temperature, top_k=self.sampling.top_k or 0),
         }
         if name not in commands:
-            return f"(no command {name}; did you mean {nearest(name, [*commands, '/exit'])}? /help lists them all)"
+            names = [*commands, "/exit"]
+            close = next((known for known in names if known.startswith(name)), nearest(name, names))
+            return f"(no command {name}; did you mean {close}? /help lists them all)"
         return commands[name](argument.strip())
 
     def _set(self, name: str, number: type, value: str) -> str:
