@@ -31,9 +31,8 @@ from .corpus import Corpus
 
 PACKINGS = ("best_fit", "flat")
 _REFILLS_AHEAD = 2
-_LENGTH_SHIFT = (
-    48  # a key of the index is length * 2**48 - number of the document: longest last, of equals the first last
-)
+# A key of the index is length * 2**48 - number of the document: the longest come last, of equals the first added.
+_LENGTH_SHIFT = 48
 
 
 class BestFitBuffer:
@@ -253,7 +252,7 @@ class PackedDataset(IterableDataset):
         self._reset()
         self.num_rows, self.num_documents = state["num_rows"], state["num_documents"]
         self.num_dropped_tokens, self._corpus_state = state["num_dropped_tokens"], state["corpus"]
-        tokens = state["tokens"].numpy()
+        tokens = state["tokens"].cpu().numpy()
         for length in state["lengths"].tolist():
             kept = min(length, self.sequence_length + 1)
             self._buffer.add(tokens[:kept], length)
