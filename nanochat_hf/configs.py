@@ -53,7 +53,8 @@ class PretrainConfig(CorpusConfig):
     total_batch_tokens: int | None = field(default=None, metadata={"help": "tokens of one optimizer step"})
     device_batch_size: int = field(default=32, metadata={"help": "rows of one forward pass on one device"})
     learning_rates: dict | None = field(
-        default=None, metadata={"help": "nominal rates by optimizer group instead of the architecture's: {matrix: 0.02}"}
+        default=None,
+        metadata={"help": "nominal rates by optimizer group instead of the architecture's: {matrix: 0.02}"},
     )
     eval_every_steps: int = field(default=250, metadata={"help": "steps between validations; 0 = first and last only"})
     eval_tokens: int = field(default=10_485_760, metadata={"help": "tokens of one validation"})
@@ -105,8 +106,9 @@ class SFTStageConfig(PostTrainingConfig):
         default=None, metadata={"help": "folder with gsm8k_train.jsonl and arc_*_train.jsonl, three more sources"}
     )
     data_rows: int = field(default=1000, metadata={"help": "rows kept of each source that the two folders add"})
-    validation_rows: int = field(
-        default=200, metadata={"help": "most held-out conversations that validation scores, before and after training"}
+    validation_rows: int = field(default=200, metadata={"help": "most held-out conversations that validation scores"})
+    eval_every_steps: int = field(
+        default=0, metadata={"help": "steps between validations; 0 = only before the first step and after the last"}
     )
     overlong: Literal["truncate", "drop"] = field(
         default="truncate", metadata={"help": "what happens to a conversation longer than max_length tokens"}
@@ -120,6 +122,27 @@ class GRPOStageConfig(PostTrainingConfig):
     rewards: list[str] = field(
         default_factory=lambda: ["nanochat_hf.rewards.exact_answer"],
         metadata={"help": "import paths of reward functions; TRL's reward_weights weighs several"},
+    )
+
+
+@dataclass
+class EvaluationConfig:
+    """Evaluation of a run's models through lm-eval."""
+
+    run_dir: str = field(default="runs/tiny", metadata={"help": "the run's folder"})
+    stages: list[str] = field(
+        default_factory=lambda: ["base", "mid", "sft", "rl"],
+        metadata={"help": "models to score: base by CORE, mid, sft and rl by ChatCORE"},
+    )
+    core_data: str | None = field(
+        default=None, metadata={"help": "folder with the 22 CORE task files; embedded mini tasks without it"}
+    )
+    eval_data: str | None = field(
+        default=None, metadata={"help": "folder with test rows of ARC, MMLU, GSM8K, HumanEval, beside the mini tasks"}
+    )
+    limit: int | None = field(default=None, metadata={"help": "items a real task; None = all"})
+    run_unsafe_code: bool = field(
+        default=False, metadata={"help": "run the programs models write for HumanEval, confined (code_sandbox.py)"}
     )
 
 
@@ -160,3 +183,27 @@ class ChatConfig:
     repetition_penalty: float = field(default=1.0, metadata={"help": "above 1, tokens seen before become less likely"})
     max_new_tokens: int = field(default=512, metadata={"help": "longest answer, in tokens"})
     seed: int | None = field(default=None, metadata={"help": "the same seed gives the same answers; none = by chance"})
+
+
+@dataclass
+class PublishConfig:
+    """Publishing a run to the Hub."""
+
+    run: str = field(default="runs/tiny", metadata={"help": "the run's folder"})
+    repo_id: str = field(default="", metadata={"help": "model repository, OWNER/NAME"})
+    public: bool = field(default=False, metadata={"help": "make a new repository public; private by default"})
+    dry_run: bool = field(default=False, metadata={"help": "check everything and list what would go, send nothing"})
+
+
+@dataclass
+class ConvertConfig:
+    """Conversion between nanochat's checkpoints, our folders and transformers' native `nanochat` type."""
+
+    checkpoint: str | None = field(default=None, metadata={"help": "folder to read"})
+    output: str | None = field(default=None, metadata={"help": "new folder to write"})
+    step: int | None = field(
+        default=None, metadata={"help": "from_nanochat: which checkpoint (the last); to_nanochat: its number (0)"}
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "from_nanochat: folder of tokenizer.pkl, looked for beside the checkpoint"}
+    )

@@ -21,8 +21,8 @@ ROW_FIELDS = {
 }
 
 
-def load_rows(path: Path, task_type: str) -> list[dict]:
-    """The rows of a task file in nanochat's order (shuffled with 1337), each checked.
+def read_rows(path: Path, task_type: str) -> list[dict]:
+    """The rows of a task file in the file's order, each checked.
 
     Raises:
         ValueError: a line that is no JSON object, lacks a field, has fewer than two options, a gold index out of
@@ -44,11 +44,11 @@ def load_rows(path: Path, task_type: str) -> list[dict]:
         rows.append(row)
     if not rows:
         raise ValueError(f"{path} has no rows; fetch the file again")
-    return shuffled(rows)
+    return rows
 
 
 def shuffled(rows: Sequence[dict]) -> list[dict]:
-    """Rows in the order CORE evaluates them."""
+    """Rows in the order CORE evaluates them: nanochat shuffles before it crops."""
     rows = list(rows)
     random.Random(SHUFFLE_SEED).shuffle(rows)
     return rows

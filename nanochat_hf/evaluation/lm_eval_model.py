@@ -7,18 +7,26 @@ positions reach the head, and generation runs the calculator. Model folders of t
 `trust_remote_code` here, and are not cut at their training length: nanochat scores long prompts whole.
 """
 
+import json
 import logging
+import sys
+from copy import deepcopy
+from pathlib import Path
 
+from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from .. import NanoChatHFConfig
+from ..generation import Completion, generate_completions
 from .scoring import score_continuations
 
 logger = logging.getLogger(__name__)
 
+TASKS_DIR = Path(__file__).with_name("tasks")
 REQUESTS_AT_ONCE = 8192  # tokenized and sorted together; bounds the memory for token ids
 UNLIMITED = 10**9
 
@@ -31,12 +39,20 @@ class NanoChatHFLM(HFLM):
         pretrained: folder, Hub id or a loaded model (then `tokenizer` is needed).
         max_batch_tokens: tokens of one forward when scoring, padding included; None chooses by device.
         max_length: longer prompts lose tokens on the left; None = the model's own limit, none for NanoChatHF.
+        max_batch_size: rows that generate together.
 
-    The other arguments are those of lm-eval's `HFLM`; `batch_size` is the number of rows that generate together.
+    The other arguments are those of lm-eval's `HFLM`; `batch_size` has no effect.
     """
 
-    def __init__(self, pretrained, max_batch_tokens: int | None = None, max_length: int | None = None, **kwargs):
-        super().__init__(pretrained=pretrained, max_length=max_length, **kwargs)
+    def __init__(
+        self,
+        pretrained,
+        max_batch_tokens: int | None = None,
+        max_length: int | None = None,
+        max_batch_size: int | None = 256,
+        **kwargs,
+    ):
+        super().__init__(pretrained=pretrained, max_length=max_length, max_batch_size=max_batch_size, **kwargs)
         if self.backend != "causal":
             raise ValueError(
                 f"--model nanochat_hf scores causal models, {pretrained} is {self.backend}; use --model hf"
@@ -63,6 +79,58 @@ class NanoChatHFLM(HFLM):
                     self.model, pairs, self.max_length, self.max_batch_tokens, on_scored=on_scored
                 )
         return answers
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes after each request's context, the calculator run inside the turn.
+
+        Turn and tool markers stay in the text; the token that ended the turn does not. A stop string of the request
+        that is not a special token cuts the text afterwards.
+        """
+        by_settings: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            by_settings.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
+        texts = [""] * len(requests)
+        with tqdm(total=len(requests), desc="generating", disable=disable_tqdm or self.rank != 0) as progress:
+            for indices in by_settings.values():
+                settings = normalize_gen_kwargs(deepcopy(requests[indices[0]].args[1]), self.max_gen_toks)
+                stops, sampling = settings.pop("until", None) or [], self._sampling(settings)
+                contexts = [requests[index].args[0] for index in indices]
+                ids = self._encode_texts(set(contexts))
+                room = self.max_length - sampling["max_new_tokens"]
+                # Windows of whole batches: what is done is in lm-eval's cache before the next one starts.
+                for start in range(0, len(indices), self.max_batch_size):
+                    window = range(start, min(start + self.max_batch_size, len(indices)))
+                    prompts = [ids[contexts[i]][-room:] for i in window]
+                    completions = generate_completions(self.model, self.tokenizer, prompts, **sampling)
+                    for i, completion in zip(window, completions, strict=True):
+                        text = self._text(completion, stops)
+                        texts[indices[i]] = text
+                        self.cache_hook.add_partial("generate_until", requests[indices[i]].args, text)
+                    progress.update(len(window))
+        return texts
+
+    def _sampling(self, settings: dict) -> dict:
+        """lm-eval's generation settings as those of `generate_completions`."""
+        sampling = {"max_new_tokens": settings.pop("max_gen_toks"), "max_batch_size": self.max_batch_size}
+        samples = settings.pop("do_sample", False)
+        for name in ("temperature", "top_k", "top_p", "repetition_penalty", "seed"):
+            if name in settings:
+                value = settings.pop(name)
+                if samples or name not in ("temperature", "top_k", "top_p"):
+                    sampling[name] = value
+        if samples:
+            sampling.setdefault("temperature", 1.0)
+        if settings:
+            raise ValueError(
+                f"generation settings {', '.join(sorted(settings))} are unknown to --model nanochat_hf; it takes "
+                f"max_gen_toks, until, do_sample, temperature, top_k, top_p, repetition_penalty, seed"
+            )
+        return sampling
+
+    def _text(self, completion: Completion, stops: list[str]) -> str:
+        ids = completion.token_ids[:-1] if completion.finished else completion.token_ids
+        text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
     def _encode_pairs(self, pairs: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """What `TemplateLM._encode_pair` gives, for many pairs at once."""
@@ -94,3 +162,10 @@ class NanoChatHFLM(HFLM):
             if group:
                 ids.update(zip(group, self.tokenizer(group, **options)["input_ids"], strict=True))
         return ids
+
+
+def run_lm_eval() -> None:
+    """lm-eval's own command line (`sys.argv`), with this class and this project's tasks known to it."""
+    if not any(argument.split("=")[0] == "--include_path" for argument in sys.argv):
+        sys.argv += ["--include_path", str(TASKS_DIR)]
+    cli_evaluate()

@@ -4,40 +4,120 @@ lm-eval's `ConfigurableTask` renders prompts by Jinja and draws shots its own wa
 when it does neither. What remains of `Task` is what the rest of lm-eval calls: documents, requests, scores.
 """
 
+import logging
+import os
+from functools import lru_cache
+from pathlib import Path
+
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
 from lm_eval.api.task import Task
 from lm_eval.config.task import TaskConfig
 from lm_eval.filters import build_filter_ensemble
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+class MissingData(ValueError):
+    """A task's rows are not there; `name` is the file or data set."""
+
+    def __init__(self, name: str, message: str):
+        super().__init__(message)
+        self.name = name
 
 
 class RowTask(Task):
-    """A task over rows: dicts with an `index`, in evaluation order.
+    """A task over rows, scored 0 or 1 an item.
 
-    Subclasses give `request_type`, `fewshot_context`, `request_arguments`, `process_results`, `doc_to_text` and
-    `doc_to_target`. Scores are `acc` and `centered`, each a mean over items.
+    Subclasses give `request_type`, `load_rows`, `fewshot_context`, `request_arguments`, `score`, `doc_to_text` and
+    `doc_to_target`, and name in `own_keys` the keys of their YAML that lm-eval does not know; `baseline`, the accuracy
+    of guessing (0 to 1), is everyone's. Every document gets an `index`, its place in evaluation order.
+
+    Alone, a task without its data raises. In a group that says `in_group: true` it is left out by name and its scores
+    are nan, so that the group's mean cannot look whole.
     """
 
     VERSION = 1.0
     request_type: str
+    own_keys: tuple[str, ...] = ()
 
-    def __init__(self, config: dict, rows: list[dict]):
-        self._config = TaskConfig(**config)
+    def __init__(self, config: dict):
+        own = ("class", "baseline", "in_group", *self.own_keys)
+        self.own = {key: value for key, value in config.items() if key in own}
+        config = {key: value for key, value in config.items() if key not in own}
+        self.baseline: float = self.own["baseline"]
+        self.metadata: dict = dict(config.get("metadata") or {})  # the YAML's, and the model arguments
+        self.missing: str | None = None
+        try:
+            rows = self.load_rows()
+        except MissingData as error:
+            if not self.own.get("in_group"):
+                raise ValueError(f"{config['task']}: {error}") from error
+            logger.warning("%s: %s. It is left out, and the group's score reads nan.", config["task"], error)
+            self.missing = error.name
+            config["task_alias"] = f"{config['task']} (no {error.name})"
+            rows = [{}]
+        shown = {
+            key: self.own[key] for key in ("baseline", *self.own_keys) if isinstance(self.own.get(key), (str, float))
+        }
+        config["metadata"] = self.metadata | shown
+        self._config = TaskConfig(**{"output_type": self.OUTPUT_TYPE, **config})
         self._docs = [{"index": index, **row} for index, row in enumerate(rows)]
         self._instances = None
         self.fewshot_rnd = None
         self._filters = [build_filter_ensemble("none", [["take_first", None]])]
 
+    def load_rows(self) -> list[dict]:
+        """All rows in evaluation order; `self.own` holds the YAML's keys.
+
+        Raises:
+            MissingData: they are not there.
+        """
+        raise NotImplementedError
+
+    def data_dir(self, key: str, default: str | None = None) -> Path | None:
+        """The folder that metadata `key` names, else the environment (`key` in capitals), else `default`."""
+        folder = self.metadata.get(key) or os.environ.get(key.upper()) or default
+        return Path(folder).expanduser() if folder else None
+
     def request_arguments(self, doc: dict, ctx) -> list[tuple]:
-        """The arguments of an item's requests, in the order `process_results` reads their answers."""
+        """The arguments of an item's requests, in the order `score` reads their answers."""
+        raise NotImplementedError
+
+    def score(self, doc: dict, results: list) -> float:
+        """The item's accuracy, 0 to 1, from the answers to its requests."""
         raise NotImplementedError
 
     def construct_requests(self, doc: dict, ctx, metadata: tuple = (None, None, None), **kwargs) -> list[Instance]:
         """The item's requests as lm-eval's instances."""
+        kind, arguments = self.request_type, None
+        if self.missing:
+            kind, arguments = "loglikelihood", [("missing", " data")]  # lm-eval needs one request a task
         return [
-            Instance(request_type=self.request_type, doc=doc, arguments=arguments, idx=idx, metadata=metadata)
-            for idx, arguments in enumerate(self.request_arguments(doc, ctx))
+            Instance(request_type=kind, doc=doc, arguments=argument, idx=idx, metadata=metadata)
+            for idx, argument in enumerate(arguments or self.request_arguments(doc, ctx))
         ]
+
+    def process_results(self, doc: dict, results: list) -> dict:
+        """`acc` and its centered score `(acc - baseline) / (1 - baseline)`; their means are the task's."""
+        acc = float("nan") if self.missing else float(self.score(doc, results))
+        return {"acc": acc, "centered": (acc - self.baseline) / (1 - self.baseline)}
+
+    def tokenizer_path(self) -> str:
+        """Folder or Hub id of the model's tokenizer, from the model arguments."""
+        path = self.metadata.get("tokenizer") or self.metadata.get("pretrained")
+        if not isinstance(path, str):
+            raise ValueError(
+                f"{self.config.task} builds its prompts with the model's tokenizer and was not told which: give "
+                f"--model_args pretrained=..., or metadata={{'pretrained': ...}} beside a model object"
+            )
+        return path
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer the model will use."""
+        trust = bool(self.metadata.get("trust_remote_code", False))
+        return load_tokenizer(self.tokenizer_path(), str(self.metadata.get("revision", "main")), trust)
 
     def aggregation(self) -> dict:
         return {"acc": mean, "centered": mean}
@@ -56,3 +136,9 @@ class RowTask(Task):
 
     def has_test_docs(self) -> bool:
         return True
+
+
+@lru_cache(maxsize=4)
+def load_tokenizer(path: str, revision: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """A tokenizer, opened once for all tasks."""
+    return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)

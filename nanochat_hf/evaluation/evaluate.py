@@ -1,0 +1,147 @@
+"""The recipe's evaluation: CORE of the base model and ChatCORE of each chat model, through lm-eval, in one process.
+
+    python scripts/evaluate.py --config recipes/tiny/eval.yaml
+
+Without data the embedded mini tasks are asked; with `core_data` the 22 CORE tasks instead, with `eval_data` nanochat's
+five chat tasks beside them. Each model's record keeps one flag an item, so that two models can be compared in pairs.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+from ..configs import EvaluationConfig
+from ..recipe import nearest
+from ..stage import STAGES, Stage
+from .lm_eval_model import TASKS_DIR, NanoChatHFLM
+
+HUMANEVAL = "chatcore_humaneval"
+
+
+def evaluate(config: EvaluationConfig) -> None:
+    """Score the models of a run and write the records `core` and `chatcore_<stage>`.
+
+    Raises:
+        ValueError: a stage that does not exist or has no model yet, a data folder that is none, a run folder of
+            another recipe; all before the first model is loaded.
+    """
+    _check(config)
+    for stage_name in config.stages:
+        record = Stage(config.run_dir, _record_name(stage_name), _record_settings(config, stage_name))
+        if record.finished:
+            print(f"{record.name}: finished before, nothing to do")
+            continue
+        with record:
+            record.results |= evaluate_model(Path(config.run_dir) / stage_name, config, chat=stage_name != "base")
+        print(_table(record.name, record.results))
+
+
+def _record_name(stage_name: str) -> str:
+    return "core" if stage_name == "base" else f"chatcore_{stage_name}"
+
+
+def _record_settings(config: EvaluationConfig, stage_name: str) -> dict:
+    """What this record depends on."""
+    if stage_name == "base":
+        return {"stage": stage_name, "core_data": config.core_data, "limit": config.limit}
+    return {
+        "stage": stage_name,
+        "eval_data": config.eval_data,
+        "limit": config.limit,
+        "run_unsafe_code": config.run_unsafe_code,
+    }
+
+
+def _check(config: EvaluationConfig) -> None:
+    models = [name for name in STAGES if name != "tokenizer"]
+    for name in config.stages:
+        if name not in models:
+            raise ValueError(
+                f"stages: {name!r} is none of {', '.join(models)}; did you mean {nearest(name, models)!r}?"
+            )
+        if not (Path(config.run_dir) / name / "config.json").is_file():
+            raise ValueError(f"{config.run_dir}/{name} holds no model yet; run the {name} stage first")
+    for key in ("core_data", "eval_data"):
+        folder = getattr(config, key)
+        if folder is not None and not Path(folder).is_dir():
+            raise ValueError(f"{key}={folder}: no such folder")
+
+
+def evaluate_model(folder: Path, config: EvaluationConfig, chat: bool) -> dict:
+    """Results of one model folder: `core` or `chatcore` (None where a task is missing), `tasks`, `missing`."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lm = NanoChatHFLM(str(folder), dtype="float32", device=device)
+    metadata = {"pretrained": str(folder), "core_data_dir": config.core_data, "chatcore_data_dir": config.eval_data}
+    manager = TaskManager(include_path=str(TASKS_DIR), include_defaults=False, metadata=metadata)
+    if not chat:
+        group = "core" if config.core_data else "core_mini"
+        return summarize(run_tasks(lm, manager, [group], config.limit if config.core_data else None), group, "core")
+    mini = summarize(run_tasks(lm, manager, ["chatcore_mini"], None), "chatcore_mini", "chatcore")
+    if not config.eval_data:
+        return mini
+    group = ["chatcore"]
+    if not config.run_unsafe_code:
+        group = [task for task in manager.load("chatcore")["group_map"]["chatcore"] if task != HUMANEVAL]
+    real = summarize(run_tasks(lm, manager, group, config.limit), "chatcore", "chatcore")
+    if not config.run_unsafe_code:
+        real["missing"].append(f"{HUMANEVAL} (needs run_unsafe_code)")
+    # The mini tasks stay beside the real ones, so that stages compare on the same arithmetic whatever the data.
+    return {**real, "tasks": real["tasks"] | mini["tasks"], "chatcore_mini": mini["chatcore"]}
+
+
+def run_tasks(lm: NanoChatHFLM, manager: TaskManager, tasks: list[str], limit: int | None) -> dict:
+    """lm-eval's results of tasks or groups, items logged."""
+    return simple_evaluate(
+        model=lm,
+        tasks=tasks,
+        task_manager=manager,
+        limit=limit,
+        bootstrap_iters=1,  # standard errors of means need no bootstrap; 0 would leave them out
+        confirm_run_unsafe_code=True,  # HumanEval is among the tasks only when the recipe said run_unsafe_code
+        log_samples=True,
+    )
+
+
+def summarize(results: dict, group: str, mean_name: str) -> dict:
+    """lm-eval's results as a record's: figures and flags a task, and the group's mean centered score.
+
+    Returns:
+        `{mean_name: mean or None, "tasks": {name: {accuracy, stderr, centered, baseline, num_items, correct}},
+        "missing": names}`; a task whose data was missing is not in `tasks`, and the mean is then None.
+    """
+    tasks, missing = {}, []
+    for name, samples in results["samples"].items():
+        figures = results["results"][name]
+        if math.isnan(figures["acc,none"]):
+            missing.append(figures["alias"])
+            continue
+        stderr = figures["acc_stderr,none"]
+        tasks[name] = {
+            "accuracy": figures["acc,none"],
+            "stderr": None if stderr == "N/A" else stderr,
+            "centered": figures["centered,none"],
+            "baseline": results["configs"][name]["metadata"]["baseline"],
+            "num_items": len(samples),
+            "correct": [int(sample["acc"]) for sample in sorted(samples, key=lambda sample: sample["doc_id"])],
+        }
+    mean = results.get("groups", {}).get(group, {}).get("centered,none")
+    return {mean_name: None if missing else mean, "tasks": tasks, "missing": missing}
+
+
+def _table(name: str, results: dict) -> str:
+    """What the terminal shows of a record."""
+    lines = [f"{name:<44}{'accuracy':>10}{'± s.e.':>9}{'centered':>10}{'items':>7}"]
+    for task, figures in results["tasks"].items():
+        stderr = "-" if figures["stderr"] is None else f"{figures['stderr']:.4f}"
+        lines.append(
+            f"{task:<44}{figures['accuracy']:>10.4f}{stderr:>9}{figures['centered']:>10.4f}{figures['num_items']:>7}"
+        )
+    mean = results.get("core", results.get("chatcore"))
+    if mean is None:
+        lines.append(f"mean centered score: not whole, missing {', '.join(results['missing'])}")
+    else:
+        lines.append(f"{'mean centered score':<63}{mean:>10.4f}")
+    return "\n".join(lines)
