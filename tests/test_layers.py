@@ -19,7 +19,15 @@ FLOORS = [
 ]
 TOP = len(FLOORS) - 1
 # Files that share a room of the top floor with the file that the room is named after.
-ROOMMATES = {"streaming": "chat", "terminal": "chat", "space": "chat"}
+ROOMMATES = {
+    "streaming": "chat",
+    "terminal": "chat",
+    "space": "chat",
+    "pretrain_plan": "pretrain",
+    "interop_checkpoint": "interop",
+    "interop_tokenizer": "interop",
+    "interop_verify": "interop",
+}
 
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 FLOOR_OF |= dict.fromkeys(ROOMMATES, TOP)

@@ -105,12 +105,13 @@ class RunRecords:
     def total_seconds(self, now: float) -> float:
         """Wall clock from raw text to this moment: all sessions, set-up and pauses between them excluded.
 
-        Stages started by hand leave no session; then it is the sum of the stages' own seconds.
+        Stages started by hand leave no session; then it is the sum of the stages' own seconds (`base_loss` is a part of
+        `base`).
         """
         sessions = self.sessions(now)
         if sessions:
             return sum(session.ended - session.started for session in sessions)
-        return sum(record.get("seconds", 0.0) for record in self.records.values())
+        return sum(record.get("seconds", 0.0) for name, record in self.records.items() if name != "base_loss")
 
 
 def _read_json(path: Path) -> dict:

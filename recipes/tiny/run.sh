@@ -14,9 +14,7 @@ stage mid "${launch[@]}" scripts/sft.py --config $recipe/midtrain.yaml "${chat[@
 stage sft "${launch[@]}" scripts/sft.py --config $recipe/sft.yaml "${chat[@]}" "${exam[@]}"
 stage rl "${launch[@]}" scripts/grpo.py --config $recipe/grpo.yaml
 
-stage core python scripts/evaluate.py --config $recipe/eval.yaml --stage base "${core[@]}"
-stage chatcore_mid python scripts/evaluate.py --config $recipe/eval.yaml --stage mid "${exam[@]}"
-stage chatcore_sft python scripts/evaluate.py --config $recipe/eval.yaml --stage sft "${exam[@]}"
-stage chatcore_rl python scripts/evaluate.py --config $recipe/eval.yaml --stage rl "${exam[@]}"
+# One process scores all four models; its last record says that it has finished.
+stage chatcore_rl python scripts/evaluate.py --config $recipe/eval.yaml "${core[@]}" "${exam[@]}"
 
 finish_line
