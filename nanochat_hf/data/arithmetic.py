@@ -118,11 +118,14 @@ class _Story:
         return self.rng.randint(low, high)
 
     def distract(self) -> None:
-        """A number that does not matter: about someone else before the story, about a place anywhere in it."""
+        """A number that does not matter: of a person before the story, of a place before it or before the question.
+
+        Never between: after "There are 64 people at the lake." the next "12 of them" would be people.
+        """
         if self.rng.random() < 0.5:
             self.say("distract_person", position=0, d=self.number(2, 99))
         else:
-            self.say("distract_place", position=self.rng.randrange(len(self.sentences)), d=self.number(2, 99))
+            self.say("distract_place", position=self.rng.choice((0, len(self.sentences) - 1)), d=self.number(2, 99))
 
     # What can happen. Each method says its sentences and records the steps that solve them.
 
