@@ -92,10 +92,10 @@ def test_what_it_refuses(expression):
 def test_the_longest_expressions_are_quick():
     half = MAX_EXPRESSION_CHARS // 2
     longest = ["(" * (half - 1) + "1" + ")" * (half - 1), "9*" * half + "9", "1" + "-1" * (half - 1), "9" * (half * 2)]
-    started = time.perf_counter()
+    started = time.thread_time()  # of this thread alone, so that a busy machine fails nothing
     for expression in longest:
         use_calculator(expression)
-    assert time.perf_counter() - started < 1.0
+    assert time.thread_time() - started < 1.0
 
 
 def test_it_works_outside_the_main_thread():
@@ -132,18 +132,19 @@ _EXPRESSIONS = st.one_of(
 )
 
 
-@settings(max_examples=1500, deadline=1000, derandomize=True, database=None)
+@settings(max_examples=1500, deadline=None, derandomize=True, database=None)
 @given(_EXPRESSIONS)
 @example("__import__('os').system('true')")
 @example("().__class__.__bases__[0].__subclasses__()")
 @example("'a'.count.__self__")
 def test_fuzz_nothing_raises_hangs_or_reaches_beyond(expression):
-    events = []
+    events, started = [], time.thread_time()
     _AUDITED.append(events)
     try:
         result = use_calculator(expression)
     finally:
         _AUDITED.pop()
+    assert time.thread_time() - started < 1.0
     assert result is None or _is_number(result), (expression, result)
     assert not [e for e in events if e not in ("compile",)], (expression, events)
 

@@ -1,7 +1,6 @@
 """Embedded chat data: right answers, disjoint halves, the same rows again."""
 
 import re
-import time
 from fractions import Fraction
 
 import pytest
@@ -114,10 +113,8 @@ def test_difficulty_follows_the_arguments():
         arithmetic_problems("train", 1, two_steps=2)
 
 
-def test_arithmetic_has_every_kind_stays_short_and_is_quick():
-    started = time.perf_counter()
+def test_arithmetic_has_every_kind_and_stays_short():
     rows = arithmetic_problems("train", 20_000)
-    assert time.perf_counter() - started < 20  # 0.4 s on one idle core; this only catches a change of order
     assert len(questions(rows)) == 20_000
     assert max(len(row["question"].split()) for row in rows) < 60
     signs = [tuple(re.findall(r"<<[0-9]+(.)", row["answer"])) for row in rows]
