@@ -20,6 +20,10 @@ class CorpusConfig:
         },
     )
     run_dir: str = field(default="runs/tiny", metadata={"help": "folder of the whole run; stages are its sub-folders"})
+    on_bad_shard: Literal["error", "skip"] = field(
+        default="error",
+        metadata={"help": "what a shard that cannot be read does: stop the run, or be left out from there on, counted"},
+    )
 
 
 @dataclass

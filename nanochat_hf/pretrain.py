@@ -13,25 +13,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from . import NanoChatHFForCausalLM
-from .checkpoint import atomic_folder, last_checkpoint, save_model
+from .checkpoint import atomic_folder, save_model
 from .configs import PretrainConfig
 from .data.corpus import load_corpus
 from .data.packing import PackedDataset
 from .evaluation.bpb import evaluate_bpb
 from .evaluation.samples import sample_prompts
-from .hardware import Throughput, supports_bf16
-from .optim import Schedule, build_optimizer
+from .hardware import Throughput
+from .optim import MAX_GRAD_NORM, Schedule, build_optimizer
+from .pretrain_checkpoint import Checkpoints, rewind_log
 from .pretrain_plan import accumulation_steps, model_config, scaling_plan
 from .stage import Stage
 from .tokenizer import load_tokenizer, token_byte_lengths
+from .training_step import TrainingStep, make_accelerator
 
-GRADIENT_CLIP = {"2026-07": None, "2025-10": 1.0}
 MAX_SKIPPED_STEPS = 3  # losses in a row that are not finite before the run gives up
 CPU_COMPILE_FLOPS = 4e14  # a run shorter than this ends before torch.compile has paid for itself on a CPU
 
@@ -69,34 +69,35 @@ class Pretraining:
     def __init__(self, config: PretrainConfig, stage: Stage, tokenizer):
         self.config, self.stage, self.tokenizer = config, stage, tokenizer
         self.plan = scaling_plan(config, len(tokenizer))
-        processes = PartialState()
-        device = processes.device
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if supports_bf16(device) else "no",
-            gradient_accumulation_steps=accumulation_steps(self.plan, config, processes.num_processes),
-            log_with=config.tracker,
-            project_dir=config.run_dir,
-        )
+        self.accelerator = make_accelerator(log_with=config.tracker, project_dir=config.run_dir)
+        device = self.accelerator.device
+        num_batches = accumulation_steps(self.plan, config, self.accelerator.num_processes)
         set_seed(config.seed)
-        model = NanoChatHFForCausalLM(model_config(self.plan, config, tokenizer))
+        self.model = NanoChatHFForCausalLM(model_config(self.plan, config, tokenizer)).to(device)
         # Muon's decay and the batch's learning-rate scale come from the plan.
-        optimizer = build_optimizer(
-            model, self.plan.lr_scale, weight_decay=self.plan.weight_decay, learning_rates=config.learning_rates
+        self.optimizer = build_optimizer(
+            self.model,
+            self.plan.lr_scale,
+            weight_decay=self.plan.weight_decay,
+            learning_rates=config.learning_rates,
+            max_grad_norm=MAX_GRAD_NORM[config.architecture],
+            shares_work=self.accelerator.num_processes > 1,
         )
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         should_compile = config.compile
         if should_compile is None:
             should_compile = device.type == "cuda" or self.plan.total_flops > CPU_COMPILE_FLOPS
-        self.step_model = torch.compile(self.model) if should_compile else self.model
-        self.schedule = Schedule(config.architecture, self.plan.num_steps)
+        schedule = Schedule(config.architecture, self.plan.num_steps)
+        self.take_step = TrainingStep(
+            self.accelerator, self.model, self.optimizer, schedule, num_batches, should_compile
+        )
         self.dataset = self.rows("train")
         self.byte_lengths = token_byte_lengths(tokenizer).to(self.accelerator.device)
-        self.checkpoints = Path(config.run_dir) / "checkpoints" / "base"
+        folder = Path(config.run_dir) / "checkpoints" / "base"
+        self.checkpoints = Checkpoints(self.accelerator, folder, config.save_total_limit)
         self.throughput = Throughput(self.plan, self.accelerator.device, self.accelerator.num_processes)
-        self.step, self.seconds_before, self.num_skipped = 0, 0.0, 0
+        self.step, self.seconds_before = 0, 0.0
         self.validations: list[float] = []
         self._validation_batches: list[dict] | None = None
-        self.is_stopping = False
 
     def rows(self, split: str, rank: int | None = None) -> PackedDataset:
         """This process's rows of a split: training repeats for ever, and so does validation when it is short."""
@@ -107,6 +108,7 @@ class Pretraining:
             world_size=self.accelerator.num_processes,
             epochs=None,
             num_shards=self.config.num_shards,
+            on_bad_shard=self.config.on_bad_shard,
         )
         packing = "best_fit" if self.config.architecture == "2026-07" else "flat"
         return PackedDataset(corpus, self.tokenizer, self.config.sequence_length, packing=packing)
@@ -138,19 +140,19 @@ class Pretraining:
             if self.step == 0 or (config.eval_every_steps and self.step % config.eval_every_steps == 0):
                 self.validate()
             started = time.perf_counter()
-            loss = self.take_step(batches)
+            loss = self.take_step(batches, self.step)
             self.step += 1
             self.throughput.count_step(time.perf_counter() - started)
             num_bad = 0 if math.isfinite(loss) else num_bad + 1
             if num_bad == MAX_SKIPPED_STEPS:
                 raise FloatingPointError(
                     f"the loss was not finite in {num_bad} steps in a row, the last is {self.step}; the newest "
-                    f"checkpoint in {self.checkpoints} is from before: lower the learning rates and run again"
+                    f"checkpoint in {self.checkpoints.folder} is from before: lower the learning rates and run again"
                 )
             self.report_step(loss, bar)
             if config.save_every_steps and self.step % config.save_every_steps == 0 and self.step < plan.num_steps:
                 self.save_checkpoint()
-            if self.is_stopping:
+            if self.take_step.is_stopping:
                 self.save_checkpoint()
                 raise KeyboardInterrupt(f"stopped at step {self.step}; run the same command again to resume there")
         self.validate()
@@ -158,34 +160,13 @@ class Pretraining:
         for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
-    def take_step(self, batches: Iterator[dict]) -> float:
-        """One optimizer step over `total_batch_tokens`; returns the mean loss in nats (skipped when not finite)."""
-        raw_optimizer = self.optimizer.optimizer
-        self.schedule.apply(raw_optimizer, self.step)
-        total = torch.zeros((), device=self.accelerator.device)
-        for _ in range(self.accelerator.gradient_accumulation_steps):
-            batch = next(batches)
-            with self.accelerator.accumulate(self.model):
-                loss = self.step_model(**batch, use_cache=False, skip_logits=True).loss
-                self.accelerator.backward(loss)
-                total += loss.detach()
-        mean = self.accelerator.reduce(total / self.accelerator.gradient_accumulation_steps, "mean").item()
-        if math.isfinite(mean):
-            if clip := GRADIENT_CLIP[self.config.architecture]:
-                self.accelerator.clip_grad_norm_(self.model.parameters(), clip)
-            self.optimizer.step()
-        else:
-            self.num_skipped += 1
-        raw_optimizer.zero_grad(set_to_none=True)
-        return mean
-
     def report_step(self, loss: float, bar: tqdm) -> None:
         """Progress bar every step; the curve every `log_every_steps`."""
         bar.update(1)
         throughput, mfu = self.throughput.tokens_per_second, self.throughput.mfu
         bar.set_postfix_str(f"loss {loss:.4f}, {throughput:,.0f} tok/s" + (f", MFU {mfu:.1%}" if mfu else ""))
         if self.step % self.config.log_every_steps == 0 or self.step == self.plan.num_steps:
-            factor = self.schedule.lr_factor(self.step - 1)
+            factor = self.take_step.schedule.lr_factor(self.step - 1)
             tokens = self.step * self.plan.total_batch_tokens
             self.log(step=self.step, tokens=tokens, loss=loss, lr_factor=factor, tokens_per_second=throughput)
 
@@ -200,7 +181,7 @@ class Pretraining:
         """Bits per byte of the model as it is, over all processes."""
         self.model.eval()
         with self.accelerator.autocast():
-            bpb = evaluate_bpb(self.accelerator.unwrap_model(self.model), batches, self.byte_lengths)
+            bpb = evaluate_bpb(self.model, batches, self.byte_lengths)
         self.model.train()
         return bpb
 
@@ -228,61 +209,45 @@ class Pretraining:
         if not self.accelerator.is_main_process:
             return []
         self.model.eval()
-        texts = sample_prompts(self.accelerator.unwrap_model(self.model), self.tokenizer)
+        texts = sample_prompts(self.model, self.tokenizer)
         self.model.train()
         return texts
 
     def request_stop(self, signal_number: int, frame) -> None:
-        """SIGTERM or Ctrl-C: finish the step, save, stop."""
-        self.is_stopping = True
+        """SIGTERM or Ctrl-C: finish the step, save, stop; all processes after the same step."""
+        self.take_step.stop_requested = True
 
     def save_checkpoint(self) -> None:
-        """Write a resumable checkpoint: a model folder and, beside the weights, `state.pt`."""
-        data_states = [self.dataset.state_dict()]
-        if self.accelerator.num_processes > 1:
-            from accelerate.utils import gather_object
-
-            data_states = gather_object(data_states)
-        if self.accelerator.is_main_process:
-            with atomic_folder(self.checkpoints / f"step-{self.step:06d}") as folder:
-                save_model(self.accelerator.unwrap_model(self.model), self.tokenizer, folder)
-                state = {
-                    "step": self.step,
-                    "seconds": self.seconds_before + time.time() - self.stage.started,
-                    "num_skipped": self.num_skipped,
-                    "validations": self.validations,
-                    "optimizer": self.optimizer.optimizer.state_dict(),
-                    "data": data_states,
-                }
-                torch.save(state, folder / "state.pt")
-            last_checkpoint(self.checkpoints, keep=self.config.save_total_limit)
-        self.accelerator.wait_for_everyone()
+        """Write a resumable checkpoint."""
+        state = {
+            "step": self.step,
+            "seconds": self.seconds_before + time.time() - self.stage.started,
+            "num_skipped": self.take_step.num_skipped,
+            "validations": self.validations,
+            "optimizer": self.optimizer.state_dict(),
+            "data": self.dataset.state_dict(),
+        }
+        self.checkpoints.save(self.step, self.model, self.tokenizer, state)
 
     def resume(self) -> None:
         """Continue from the newest checkpoint of this run, if there is one."""
-        folder = last_checkpoint(self.checkpoints)
-        if folder is None:
-            return
-        state = torch.load(folder / "state.pt", map_location=self.accelerator.device, weights_only=True)
-        if len(state["data"]) != self.accelerator.num_processes:
-            raise ValueError(
-                f"{folder} was made by {len(state['data'])} processes, now there are "
-                f"{self.accelerator.num_processes}: the data position of each would be lost. Launch as many as before"
-            )
-        weights = NanoChatHFForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
-        self.accelerator.unwrap_model(self.model).load_state_dict(weights)
-        self.optimizer.optimizer.load_state_dict(state["optimizer"])
-        self.dataset.load_state_dict(state["data"][self.accelerator.process_index])
-        self.step, self.num_skipped, self.validations = state["step"], state["num_skipped"], state["validations"]
-        self.seconds_before = state["seconds"]
-        self.accelerator.print(f"base: resuming at step {self.step} from {folder}")
+        if found := self.checkpoints.load_last():
+            folder, state = found
+            self.model.load_state_dict(NanoChatHFForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict())
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.dataset.load_state_dict(state["data"])
+            self.step, self.take_step.num_skipped = state["step"], state["num_skipped"]
+            self.validations, self.seconds_before = state["validations"], state["seconds"]
+            self.accelerator.print(f"base: resuming at step {self.step} from {folder}")
+        if self.accelerator.is_main_process:
+            rewind_log(self.stage.log_path, self.step)
 
     def finish(self) -> None:
         """Write the model folder, the losses on both splits, the samples, and fill the record."""
         run_dir, plan = Path(self.config.run_dir), self.plan
         if self.accelerator.is_main_process:
             with atomic_folder(run_dir / "base") as folder:
-                save_model(self.accelerator.unwrap_model(self.model), self.tokenizer, folder)
+                save_model(self.model, self.tokenizer, folder)
         train_bpb = self.score(self.validation_batches("train"))
         losses = Stage(run_dir, "base_loss", {})
         with losses:
@@ -302,8 +267,9 @@ class Pretraining:
             "total_flops": plan.total_flops,
             "training_seconds": self.throughput.seconds_of(plan.num_tokens),
             "tokens_per_second": self.throughput.tokens_per_second,
-            "num_skipped_steps": self.num_skipped,
+            "num_skipped_steps": self.take_step.num_skipped,
             "num_documents": self.dataset.num_documents,
             "num_dropped_tokens": self.dataset.num_dropped_tokens,
+            "num_skipped_shards": self.dataset.num_skipped_shards,
             "seconds_before_resume": self.seconds_before,
         }

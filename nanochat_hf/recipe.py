@@ -85,12 +85,15 @@ def read_yaml(path: str | Path) -> dict:
 
 
 def run_command(main: Callable[[], object]) -> None:
-    """Run a script's main; a `ValueError` (bad input) becomes one line on stderr and exit status 2."""
+    """Run a script's main; bad input (a `ValueError`) and interruption become one line on stderr and an exit status."""
     try:
         main()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 def nearest(name: str, choices: typing.Iterable[str]) -> str:

@@ -63,7 +63,8 @@ def train_tokenizer(config: TokenizerConfig) -> PreTrainedTokenizerFast:
     if stage.finished and folder.is_dir():
         print(f"tokenizer: already trained, {folder} (--fresh in run.sh starts over)")
         return load_tokenizer(folder)
-    documents = CappedDocuments(load_corpus(config.dataset, "train"), config.max_chars, config.max_document_chars)
+    corpus = load_corpus(config.dataset, "train", on_bad_shard=config.on_bad_shard)
+    documents = CappedDocuments(corpus, config.max_chars, config.max_document_chars)
     with stage:
         print(f"tokenizer: learning {config.vocab_size:,} tokens from {config.dataset}", flush=True)
         started = time.perf_counter()
@@ -72,7 +73,7 @@ def train_tokenizer(config: TokenizerConfig) -> PreTrainedTokenizerFast:
         lengths = token_byte_lengths(tokenizer)
         lengths = lengths[lengths > 0].double()  # special tokens stand for no bytes
         evaluation = evaluate_tokenizer(
-            tokenizer, {split: _opening_text(config.dataset, split) for split in ("train", "validation")}
+            tokenizer, {split: _opening_text(config, split) for split in ("train", "validation")}
         )
         stage.results |= {
             "vocab_size": len(tokenizer),
@@ -96,9 +97,10 @@ def train_tokenizer(config: TokenizerConfig) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _opening_text(dataset: str, split: str) -> str:
+def _opening_text(config: TokenizerConfig, split: str) -> str:
     """The first `EVALUATED_CHARS` characters of a split."""
-    return "\n".join(CappedDocuments(load_corpus(dataset, split), EVALUATED_CHARS, EVALUATED_CHARS))
+    corpus = load_corpus(config.dataset, split, on_bad_shard=config.on_bad_shard)
+    return "\n".join(CappedDocuments(corpus, EVALUATED_CHARS, EVALUATED_CHARS))
 
 
 def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -13,7 +13,8 @@ PACKAGE = ROOT / "nanochat_hf"
 FLOORS = [
     "configs scaling recipe stage hardware",
     "model chat_format tokenizer tokenizer_texts interop_tokenizer",
-    "calculator sampling kv_cache rewards optim data generation checkpoint evaluation tokenizer_evaluation",
+    "calculator sampling kv_cache rewards optim_shards muon optim training_step data generation checkpoint evaluation "
+    "tokenizer_evaluation",
     "trl_stage",
     "tokenizer_training pretrain sft grpo chat report hub interop benchmark",
 ]
@@ -24,6 +25,7 @@ ROOMMATES = {
     "terminal": "chat",
     "space": "chat",
     "pretrain_plan": "pretrain",
+    "pretrain_checkpoint": "pretrain",
     "interop_checkpoint": "interop",
     "interop_tokenizer": "interop",
     "interop_verify": "interop",

@@ -9,7 +9,7 @@ import torch
 from nanochat_hf import NanoChatHFForCausalLM, pretrain
 from nanochat_hf.checkpoint import load_model
 from nanochat_hf.configs import PretrainConfig
-from nanochat_hf.pretrain import Pretraining
+from nanochat_hf.training_step import TrainingStep
 
 SETTINGS = {
     "depth": 1,
@@ -65,14 +65,14 @@ def test_a_stopped_run_resumes_exactly(make_run, monkeypatch):
     pretrain.pretrain(config, settings)
 
     run_dir, config, settings = make_run("stopped")
-    take_step = Pretraining.take_step
+    take_step = TrainingStep.__call__
 
-    def stop_after_four(self, batches):
-        self.is_stopping = self.step == 3
-        return take_step(self, batches)
+    def stop_after_four(self, batches, step):
+        self.stop_requested = step == 3
+        return take_step(self, batches, step)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="step 4.*resume"):
-        patch.setattr(Pretraining, "take_step", stop_after_four)
+        patch.setattr(TrainingStep, "__call__", stop_after_four)
         pretrain.pretrain(config, settings)
     assert not (run_dir / "base").exists() and (run_dir / "checkpoints" / "base" / "step-000004").is_dir()
     pretrain.pretrain(config, settings)
