@@ -26,13 +26,17 @@ from .recipe import nearest
 from .rewards import checked, extract_answer
 from .stage import Stage
 from .tokenizer import encode_prompt
-from .trl_stage import load_start, prepare_arguments, stage_optimizer, stage_schedule, train_stage
+from .trl_stage import load_start, prepare_arguments, read_curve, stage_optimizer, stage_schedule, train_stage
 
 NUM_REWARD_STEPS = 3  # `reward_first` and `reward_last` are means over so many steps: one step alone is noise
 
 
 class StageGRPOTrainer(GRPOTrainer):
-    """GRPOTrainer with our optimizer and schedule."""
+    """GRPOTrainer with our optimizer and schedule, and on a CPU without TRL's fused head.
+
+    Without Triton that head scores the prompt's positions too and computes its gradients in fp32: a tiny model's step
+    takes twice as long.
+    """
 
     def __init__(self, config: GRPOStageConfig, **kwargs):
         self.stage_config = config
@@ -46,6 +50,22 @@ class StageGRPOTrainer(GRPOTrainer):
         warmup_steps = self.args.get_warmup_steps(num_training_steps)
         self.lr_scheduler = stage_schedule(self.optimizer, num_training_steps, warmup_steps, self.stage_config)
         return self.lr_scheduler
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, *args, compute_entropy=False, **kwargs
+    ):
+        if input_ids.device.type != "cpu":
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, compute_entropy=compute_entropy, **kwargs
+            )
+        with self.accelerator.autocast():
+            kept = logits_to_keep + 1  # the last prompt token predicts the completion's first
+            logits = model(input_ids, attention_mask=attention_mask, logits_to_keep=kept, use_cache=False).logits
+        log_probs = (logits[:, :-1] / self.temperature).log_softmax(-1)  # (batch, completion, vocabulary)
+        chosen = log_probs.gather(-1, input_ids[:, -logits_to_keep:, None]).squeeze(-1)
+        with torch.no_grad():
+            entropies = -(log_probs.exp() * log_probs).sum(-1) if compute_entropy else None
+        return chosen, entropies, None
 
 
 def run_grpo(config: GRPOStageConfig, training_args: GRPOConfig, settings: dict) -> None:
@@ -84,7 +104,8 @@ def run_grpo(config: GRPOStageConfig, training_args: GRPOConfig, settings: dict)
             processing_class=tokenizer,
             rollout_func=rollout,
         )
-        curve, figures = train_stage(trainer, stage, "reward")
+        figures = train_stage(trainer, stage, "reward")
+        curve = read_curve(stage)
         mean_rewards = [line["reward"] for line in curve]
         stage.results |= {
             "num_problems": len(problems),

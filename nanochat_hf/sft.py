@@ -21,7 +21,15 @@ from .data.conversations import build_mixture
 from .evaluation.bpb import evaluate_bpb
 from .stage import Stage
 from .tokenizer import token_byte_lengths
-from .trl_stage import load_start, prepare_arguments, stage_optimizer, stage_schedule, train_stage
+from .trl_stage import (
+    ValidationCallback,
+    load_start,
+    prepare_arguments,
+    read_curve,
+    stage_optimizer,
+    stage_schedule,
+    train_stage,
+)
 
 
 class StageSFTTrainer(SFTTrainer):
@@ -89,18 +97,22 @@ def run_sft(config: SFTStageConfig, training_args: SFTConfig, settings: dict) ->
             eval_dataset=pack_rows(validation, *packing),
             processing_class=tokenizer,
         )
-        before = bits_per_byte(trainer, validation, tokenizer, assistant_only)
-        curve, figures = train_stage(trainer, stage, "loss")
+        validation_curve = ValidationCallback(
+            stage, lambda: bits_per_byte(trainer, validation, tokenizer, assistant_only), config.eval_every_steps
+        )
+        figures = train_stage(trainer, stage, "loss", validation_curve)
+        curve = read_curve(stage)
         stage.results |= {
             "train_mixture": train_counts,
             "validation_mixture": validation_counts,
             "num_rows": len(train),
             "num_packed_rows": len(rows),
             **figures,
-            "train_loss": curve[-1]["loss"],
+            "train_loss": [line["loss"] for line in curve if "loss" in line][-1],
             "val_loss": trainer.evaluate()["eval_loss"],
-            **bits_per_byte(trainer, validation, tokenizer, assistant_only),
-            "before": before,
+            **validation_curve.last,
+            "min_val_bpb": min(line["val_bpb"] for line in curve if "val_bpb" in line),
+            "before": validation_curve.first,
         }
         if trainer.is_world_process_zero():
             with atomic_folder(Path(config.run_dir) / config.stage) as partial:

@@ -8,6 +8,7 @@ import math
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -92,73 +93,105 @@ def stage_schedule(
 
 
 class CurveCallback(TrainerCallback):
-    """Writes each logged step to the stage's curve, shows one progress bar, and stops at a loss that is no number.
-
-    Attributes:
-        curve: the figures written so far, one dict a logged step; a resumed stage's begins with those before.
-    """
+    """Writes each logged step to the stage's curve, shows one progress bar, and stops at a loss that is no number."""
 
     def __init__(self, stage: Stage, figure: str):
-        self.stage, self.figure = stage, figure
-        self.curve: list[dict] = []
-        self.bar = None
+        self.stage, self.figure, self.bar, self.seconds = stage, figure, None, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.started, self.tokens_before = time.time(), state.num_input_tokens_seen
-        if self.stage.log_path.is_file():
-            lines = map(json.loads, self.stage.log_path.read_text().splitlines())
-            self.curve += [line for line in lines if line["step"] <= state.global_step]
+        self.tokens_before = state.num_input_tokens_seen
         if state.is_world_process_zero:
+            # An interrupted session may have logged steps beyond its last checkpoint: they are taken again.
+            kept = [line for line in read_curve(self.stage) if line["step"] <= state.global_step > 0]
             self.stage.log_path.unlink(missing_ok=True)
-            for line in self.curve:
+            for line in kept:
                 self.stage.log(**line)
             if not args.disable_tqdm:
                 self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage.name, mininterval=1)
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
+
     def on_step_end(self, args, state, control, **kwargs):
+        self.seconds += time.perf_counter() - self.started
         if self.bar is not None:
             self.bar.update(1)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        figures = {"step": state.global_step}
-        figures |= {key: float(value) for key, value in logs.items() if isinstance(value, (int, float))}
+        figures = {key: float(value) for key, value in logs.items() if isinstance(value, (int, float))}
         if not math.isfinite(figures.get("loss", 0.0)):
             raise FloatingPointError(f"{self.stage.name}: the loss is {figures['loss']} at step {state.global_step}")
         if self.figure not in figures:  # the summary at the end, or an evaluation
             return
-        self.curve.append(figures)
         if state.is_world_process_zero:
-            self.stage.log(**figures)
+            self.stage.log(step=state.global_step, **figures)
         if self.bar is not None:
             self.bar.set_postfix({self.figure: f"{figures[self.figure]:.4f}"})
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.seconds = time.time() - self.started
         if self.bar is not None:
             self.bar.close()
 
 
-def train_stage(trainer, stage: Stage, figure: str) -> tuple[list[dict], dict]:
+class ValidationCallback(TrainerCallback):
+    """Scores the model before the first step, every so many steps (0 = never in between) and after the last.
+
+    Args:
+        score: gives the figures, among them `val_bpb`, which goes to the stage's curve.
+    """
+
+    def __init__(self, stage: Stage, score: Callable[[], dict], every_steps: int):
+        self.stage, self.score, self.every_steps = stage, score, every_steps
+        self.first: dict = {}
+        self.last: dict = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self._validate(state)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        is_due = self.every_steps and state.global_step % self.every_steps == 0
+        if is_due or state.global_step == state.max_steps:
+            self._validate(state)
+
+    def _validate(self, state) -> None:
+        self.last = self.score()
+        self.first = self.first or self.last
+        if state.is_world_process_zero:
+            self.stage.log(step=state.global_step, val_bpb=self.last["val_bpb"])
+
+
+def read_curve(stage: Stage) -> list[dict]:
+    """The lines logged so far, one dict each."""
+    if not stage.log_path.is_file():
+        return []
+    return [json.loads(line) for line in stage.log_path.read_text().splitlines()]
+
+
+def train_stage(trainer, stage: Stage, figure: str, *callbacks: TrainerCallback) -> dict:
     """Train, from this stage's newest checkpoint if it was interrupted.
 
     Args:
-        figure: what the progress bar shows and the curve is made of: `loss`, `reward`.
+        figure: what the progress bar shows and every line of the curve has: `loss`, `reward`.
+        callbacks: more of them, called after the curve's own.
 
     Returns:
-        The curve, and the figures every record has: steps, tokens, tokens a second and seconds (of this session).
+        What every record has: steps, tokens, and this session's seconds (of steps alone) and tokens a second.
     """
-    callback = CurveCallback(stage, figure)
+    curve = CurveCallback(stage, figure)
     for printing in (ProgressCallback, PrinterCallback):  # they would print every log line
         trainer.remove_callback(printing)
-    trainer.add_callback(callback)
+    for callback in (curve, *callbacks):
+        trainer.add_callback(callback)
     checkpoint = get_last_checkpoint(trainer.args.output_dir)
     if checkpoint is not None:
         print(f"{stage.name}: resuming from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint)
     tokens = int(trainer.state.num_input_tokens_seen)
-    return callback.curve, {
+    return {
         "num_steps": trainer.state.global_step,
         "tokens": tokens,
-        "tokens_per_second": (tokens - callback.tokens_before) / callback.seconds,
-        "training_seconds": callback.seconds,
+        "tokens_per_second": (tokens - curve.tokens_before) / curve.seconds,
+        "training_seconds": curve.seconds,
+        "world_size": trainer.args.world_size,
     }
