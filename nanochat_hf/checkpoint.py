@@ -43,16 +43,20 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write weights, code, tokenizer and generation settings into an existing folder."""
+def generation_settings(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Where a turn ends: at <|assistant_end|>, or at a <|bos|> that starts another document."""
     end, bos = tokenizer.convert_tokens_to_ids("<|assistant_end|>"), tokenizer.bos_token_id
-    model.generation_config = GenerationConfig(
-        bos_token_id=bos, eos_token_id=[end, bos], pad_token_id=tokenizer.pad_token_id
-    )
+    return GenerationConfig(bos_token_id=bos, eos_token_id=[end, bos], pad_token_id=tokenizer.pad_token_id)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> None:
+    """Write weights, code, tokenizer (if there is one) and generation settings into an existing folder."""
+    if tokenizer is not None:
+        model.generation_config = generation_settings(tokenizer)
+        tokenizer.save_pretrained(folder)
     # AutoModel opens the folder too; save_pretrained itself only lists the class being saved.
     model.config.auto_map = {"AutoModel": "modeling_nanochat_hf.NanoChatHFModel"}
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def load_model(path: str | Path, dtype: torch.dtype | str = torch.float32) -> tuple[PreTrainedModel, object]:

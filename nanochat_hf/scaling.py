@@ -148,15 +148,18 @@ def window_sizes(depth: int, sequence_length: int, pattern: str) -> tuple[int, .
     return tuple(short if letter == "S" else sequence_length for letter in letters)
 
 
-def count_parameters(depth: int, width: int, heads: int, vocab_size: int, architecture: str) -> dict[str, int]:
-    """Parameters by group; key/value heads equal the heads at every depth, as in nanochat's own runs."""
-    newest = architecture == "2026-07"
+def count_parameters(
+    depth: int, width: int, heads: int, vocab_size: int, architecture: str, num_kv_heads: int | None = None
+) -> dict[str, int]:
+    """Parameters by group; as many key/value heads as heads unless said otherwise, as in nanochat's own runs."""
+    newest, num_kv_heads = architecture == "2026-07", num_kv_heads or heads
     value_layers = (depth + 1) // 2 if newest else 0
+    kv_width = width // heads * num_kv_heads
     return {
         "embedding": vocab_size * width,
-        "value_embedding": value_layers * vocab_size * width,
+        "value_embedding": value_layers * vocab_size * kv_width,
         "lm_head": vocab_size * width,
-        "matrix": 12 * depth * width**2 + value_layers * VALUE_GATE_CHANNELS * heads,
+        "matrix": depth * (10 * width**2 + 2 * width * kv_width) + value_layers * VALUE_GATE_CHANNELS * num_kv_heads,
         "scalar": 2 * depth + SMEAR_CHANNELS + 2 if newest else 0,
     }
 

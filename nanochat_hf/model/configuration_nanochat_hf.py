@@ -5,6 +5,8 @@
 of the published d20 report (also transformers' native `nanochat`).
 """
 
+import difflib
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -45,6 +47,7 @@ class NanoChatHFConfig(PreTrainedConfig):
         window_pattern: `S` (short window) and `L` (everything) tiled over the layers; the last layer is always `L`.
         sliding_window: tokens a short-window query sees, itself included: ceil(T/4/128)*128 + 1 by default.
         rope_parameters: {"rope_type": "default", "rope_theta": base of the rotary embedding}.
+        rms_norm_eps: of every norm; torch's default for the dtype, as in nanochat, where None.
         qk_scale: factor on the normalised queries and on the normalised keys.
         use_value_embeddings: every second layer (the last included) mixes a token embedding into its values.
         use_residual_scalars: learned weights of the stream and of the first embedding before each block.
@@ -83,6 +86,7 @@ class NanoChatHFConfig(PreTrainedConfig):
     layer_types: list[str] | None = None
     sliding_window: int | None = None
     rope_parameters: dict | None = None
+    rms_norm_eps: float | int | None = None
     qk_scale: float | int | None = None
     use_value_embeddings: bool | None = None
     use_residual_scalars: bool | None = None
@@ -96,6 +100,10 @@ class NanoChatHFConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        for name in kwargs:  # tools may add keys of their own to a config.json: only a misspelling is an error
+            meant = difflib.get_close_matches(name, NanoChatHFConfig.__annotations__, n=1, cutoff=0.85)
+            if meant:
+                raise ValueError(f"{name} is no field of NanoChatHFConfig; did you mean {meant[0]}?")
         if self.architecture not in PRESETS:
             raise ValueError(f"architecture={self.architecture!r} is unknown; valid: {', '.join(PRESETS)}")
         preset = dict(PRESETS[self.architecture])
@@ -107,6 +115,12 @@ class NanoChatHFConfig(PreTrainedConfig):
         for name, value in preset.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        sizes = "vocab_size hidden_size num_hidden_layers num_attention_heads max_position_embeddings"
+        for name in sizes.split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.hidden_size < 24 and (self.use_smear or self.use_value_embeddings):
+            raise ValueError(f"hidden_size={self.hidden_size}: smear and value gates read 24 channels; give 24 or more")
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.num_key_value_heads is None:

@@ -30,9 +30,9 @@ SMEAR_CHANNELS = 24  # channels of the embedding that decide how much of the lef
 VALUE_GATE_CHANNELS = 12  # channels of the block input that gate the value embedding
 
 
-def rms_norm(x: torch.Tensor) -> torch.Tensor:
-    """RMSNorm over the last dimension, without weight, with torch's default eps for the dtype."""
-    return F.rms_norm(x, (x.shape[-1],))
+def rms_norm(x: torch.Tensor, eps: float | None) -> torch.Tensor:
+    """RMSNorm over the last dimension, without weight; eps None is torch's default for the dtype."""
+    return F.rms_norm(x, (x.shape[-1],), eps=eps)
 
 
 def linear(in_features: int, out_features: int, initializer: Callable[[torch.Tensor], torch.Tensor]) -> nn.Linear:
@@ -58,6 +58,13 @@ def matrix_initializer(config: NanoChatHFConfig, in_features: int, out_features:
         bound = scale * math.sqrt(3 / config.hidden_size)
         return partial(init.uniform_, a=-bound, b=bound)
     return partial(init.normal_, std=min(1.0, math.sqrt(out_features / in_features)) / math.sqrt(in_features))
+
+
+def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
+    """Name an id out of range; only on a CPU, where looking costs nothing (CUDA stops with an assertion of its own)."""
+    wrong = input_ids[(input_ids < 0) | (input_ids >= vocab_size)]
+    if len(wrong):
+        raise ValueError(f"input id {wrong[0].item()} is out of range: the vocabulary has {vocab_size} tokens")
 
 
 def rotary_tables(config: NanoChatHFConfig, position_ids: torch.Tensor, dtype: torch.dtype):
@@ -124,7 +131,8 @@ class NanoChatHFAttention(nn.Module):
             gate = 3 * torch.sigmoid(self.ve_gate(hidden_states[..., :VALUE_GATE_CHANNELS]))  # (B, T, K)
             v = v + gate.unsqueeze(-1) * value_embedding.view(heads)
         v = v.transpose(1, 2)
-        q, k = rms_norm(apply_rotary(q, *position_embeddings)), rms_norm(apply_rotary(k, *position_embeddings))
+        q = rms_norm(apply_rotary(q, *position_embeddings), self.config.rms_norm_eps)
+        k = rms_norm(apply_rotary(k, *position_embeddings), self.config.rms_norm_eps)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
@@ -153,12 +161,13 @@ class NanoChatHFDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: NanoChatHFConfig, layer_idx: int):
         super().__init__()
+        self.eps = config.rms_norm_eps
         self.self_attn = NanoChatHFAttention(config, layer_idx)
         self.mlp = NanoChatHFMLP(config)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        hidden_states = hidden_states + self.self_attn(rms_norm(hidden_states), **kwargs)[0]
-        return hidden_states + self.mlp(rms_norm(hidden_states))
+        hidden_states = hidden_states + self.self_attn(rms_norm(hidden_states, self.eps), **kwargs)[0]
+        return hidden_states + self.mlp(rms_norm(hidden_states, self.eps))
 
 
 class NanoChatHFPreTrainedModel(PreTrainedModel):
@@ -293,6 +302,8 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
         """
         if input_ids is None and (inputs_embeds is None or self.config.use_value_embeddings):
             raise ValueError("input_ids are needed (value embeddings look tokens up, inputs_embeds alone will not do)")
+        if input_ids is not None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_ids(input_ids, self.config.vocab_size)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if torch.is_autocast_enabled(inputs_embeds.device.type):
@@ -308,7 +319,7 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
 
-        x = rms_norm(inputs_embeds)
+        x = rms_norm(inputs_embeds, self.config.rms_norm_eps)
         if self.config.use_smear:
             x = self.smear(x, attention_mask, position_ids, past_key_values)
         x0, middle = x, self.config.num_hidden_layers // 2
@@ -332,7 +343,8 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
                 x_middle = x
         if self.config.use_backout:
             x = x - self.backout_lambda.to(x.dtype) * x_middle
-        return BaseModelOutputWithPast(last_hidden_state=rms_norm(x), past_key_values=past_key_values)
+        x = rms_norm(x, self.config.rms_norm_eps)
+        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values)
 
 
 class SoftcappedCrossEntropy(torch.autograd.Function):
@@ -449,17 +461,19 @@ class NanoChatHFForCausalLM(NanoChatHFPreTrainedModel, GenerationMixin):
         hidden, softcap = outputs.last_hidden_state, self.config.final_logit_softcapping
         loss = logits = None
         if labels is not None and shift_labels is None:
-            shift_labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
+            shift_labels = labels[:, 1:]  # the last position has no target
         if shift_labels is None or not skip_logits:
             logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep)).float()
             logits = softcap * torch.tanh(logits / softcap)
         if shift_labels is not None:
+            num_targets = shift_labels.shape[1]
             if num_items_in_batch is None:
                 num_items_in_batch = (shift_labels != -100).sum().clamp(min=1)
             if skip_logits:
-                total, _ = softcapped_cross_entropy(hidden, self.lm_head.weight, shift_labels, softcap)
+                total, _ = softcapped_cross_entropy(hidden[:, :num_targets], self.lm_head.weight, shift_labels, softcap)
             else:
-                total = F.cross_entropy(logits.flatten(0, 1), shift_labels.flatten(), reduction="sum")
+                predictions = logits[:, :num_targets].flatten(0, 1)
+                total = F.cross_entropy(predictions, shift_labels.flatten(), reduction="sum")
             loss = total / num_items_in_batch
         return CausalLMOutputWithPast(
             loss=loss,
