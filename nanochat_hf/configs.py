@@ -93,6 +93,10 @@ class PostTrainingConfig:
     lr_fraction: float = field(
         default=1.0, metadata={"help": "factor on every nominal learning rate of the architecture"}
     )
+    learning_rates: dict[str, float] | None = field(
+        default=None,
+        metadata={"help": "nominal learning rate by parameter group (matrix, embedding, ...) where the preset's is not"},
+    )
     warmdown_fraction: float = field(
         default=1.0, metadata={"help": "share of the steps, at the end, over which the rates fall linearly"}
     )
@@ -211,3 +215,21 @@ class ConvertConfig:
     tokenizer: str | None = field(
         default=None, metadata={"help": "from_nanochat: folder of tokenizer.pkl, looked for beside the checkpoint"}
     )
+
+
+@dataclass
+class PretrainBenchmarkConfig:
+    """`benchmark.py pretrain`: a model's shape, and how long to measure."""
+
+    depth: int = field(default=4, metadata={"help": "number of layers; the width follows"})
+    architecture: Literal["2026-07", "2025-10"] = field(default="2026-07", metadata={"help": "nanochat generation"})
+    vocab_size: int = field(default=8192, metadata={"help": "rows of the embedding"})
+    sequence_length: int = field(default=512, metadata={"help": "tokens of a row, T"})
+    head_dim: int = field(default=64, metadata={"help": "width of an attention head"})
+    window_pattern: str = field(default="L", metadata={"help": "letters S and L tiled over the layers"})
+    device_batch_size: int = field(default=16, metadata={"help": "rows of a step"})
+    steps: int = field(default=4, metadata={"help": "steps of one side's turn"})
+    rounds: int = field(default=3, metadata={"help": "turns of each side; the median counts"})
+    plain: bool = field(default=True, metadata={"help": "measure the plain eager fp32 loop, too"})
+    compile: bool = field(default=True, metadata={"help": "measure the compiled step, too"})
+    output: str | None = field(default=None, metadata={"help": "JSON file to write"})

@@ -1,0 +1,48 @@
+"""Benchmarks run, say what the project promises, and show that their sides do the same work. No test asserts a time."""
+
+import json
+
+import pytest
+import torch
+
+from nanochat_hf.benchmark import benchmark
+from nanochat_hf.benchmark.memory import PeakMemory
+from nanochat_hf.recipe import RecipeError
+
+SMALL = "--depth 2 --vocab_size 256 --sequence_length 64 --device_batch_size 2 --steps 1 --rounds 2"
+
+
+def test_pretrain_sides_do_the_same_work(tmp_path, capsys):
+    output = tmp_path / "out.json"
+    benchmark(["pretrain", *SMALL.split(), "--no_compile", "--output", str(output)])
+    figures = json.loads(output.read_text())
+    assert set(figures["sides"]) == {"plain", "bare", "eager"} and figures["speedup"] is None
+    assert figures["loss_difference"] <= 0.05
+    speeds = {name: side["tokens_per_second"] for name, side in figures["sides"].items()}
+    assert figures["speedup_eager"] == pytest.approx(speeds["eager"] / speeds["plain"])
+    assert figures["speedup_over_bare"] == pytest.approx(speeds["eager"] / speeds["bare"])
+    split = figures["sides"]["eager"]["seconds_by_part"]
+    assert list(split) == ["data", "forward", "backward", "optimizer", "other"]
+    assert all(
+        len(side["losses"]) == 5 for side in figures["sides"].values()
+    )  # 2 to warm up, 2 rounds, 1 for the split
+    assert "| eager |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_pretrain_compiled(tmp_path):
+    figures = benchmark(["pretrain", *SMALL.split(), "--output", str(tmp_path / "out.json")])
+    assert figures["speedup"] > 0 and figures["compile_seconds"] > 0 and figures["loss_difference"] <= 0.05
+
+
+def test_an_unknown_subcommand_names_the_nearest():
+    with pytest.raises(RecipeError, match="`pretrian` is not one of .*did you mean `pretrain`"):
+        benchmark(["pretrian"])
+
+
+def test_peak_memory_sees_what_was_freed():
+    memory = PeakMemory(torch.device("cpu"))
+    if memory.before is None:
+        pytest.skip("this kernel does not reset the mark")
+    torch.ones(64 * 2**18).sum()  # 64 MiB, gone at once
+    assert 40 < memory.read()["step_memory_mib"] < 200
