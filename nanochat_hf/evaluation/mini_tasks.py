@@ -15,7 +15,7 @@ from ..data.embedded_chat import letter_counting_problems, multiple_choice_quest
 from ..data.embedded_text import embedded_documents
 
 NUM_CORE_ROWS = 100
-NUM_ARITHMETIC_ROWS = 300
+NUM_ARITHMETIC_ROWS = 500
 NUM_CHAT_ROWS = 200
 MAX_CONTEXT_LINES = 8
 
