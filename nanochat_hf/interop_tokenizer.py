@@ -71,7 +71,9 @@ def load_token_bytes(path: str | Path) -> torch.Tensor:
     try:
         lengths = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged or hostile file
-        raise ValueError(f"{path} does not load as a plain tensor: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"{path} does not load as a plain tensor: {str(error).strip().partition(chr(10))[0]}"
+        ) from error
     if not isinstance(lengths, torch.Tensor) or lengths.ndim != 1 or lengths.is_floating_point():
         raise ValueError(f"{path} must hold one integer a token, found {type(lengths).__name__}")
     return lengths.long()

@@ -159,6 +159,8 @@ class NanoChatHFConfig(PreTrainedConfig):
             if self.use_smear:
                 # A `hybrid` layer's cache holds keys, values and a convolution state: the last embedding, for smear.
                 self.layer_types[-1] = "hybrid"
+        if len(self.layer_types) != num_layers:
+            raise ValueError(f"layer_types names {len(self.layer_types)} layers, num_hidden_layers is {num_layers}")
 
     def has_value_embedding(self, layer_idx: int) -> bool:
         """Whether this layer mixes a value embedding: every second one, counted so that the last does."""
