@@ -33,6 +33,10 @@ class TokenizerConfig(CorpusConfig):
     vocab_size: int = field(
         default=32768, metadata={"help": "tokens in all: 256 bytes, merges, 9 special tokens; 265 at least"}
     )
+    start_from: str | None = field(
+        default=None,
+        metadata={"help": "take this tokenizer instead of training one: its folder, or nanochat's tokenizer.pkl"},
+    )
     max_chars: int = field(default=2_000_000_000, metadata={"help": "stop reading the corpus after so many characters"})
     max_document_chars: int = field(
         default=10_000, metadata={"help": "characters read of each document, so that a few long ones do not dominate"}
@@ -72,6 +76,11 @@ class PretrainConfig(CorpusConfig):
     )
     tracker: str | None = field(default=None, metadata={"help": "trackio or wandb, through Accelerate; off by default"})
     seed: int = field(default=42, metadata={"help": "of the initialisation"})
+    vocab_size: int | None = field(
+        default=None,
+        metadata={"help": "size the tokenizer must have; --plan needs it where the tokenizer is not trained yet"},
+    )
+    plan: bool = field(default=False, metadata={"help": "print what the run will take, and train nothing"})
 
 
 @dataclass
@@ -95,7 +104,9 @@ class PostTrainingConfig:
     )
     learning_rates: dict[str, float] | None = field(
         default=None,
-        metadata={"help": "nominal learning rate by parameter group (matrix, embedding, ...) where the preset's is not"},
+        metadata={
+            "help": "nominal learning rate by parameter group (matrix, embedding, ...) where the preset's is not"
+        },
     )
     warmdown_fraction: float = field(
         default=1.0, metadata={"help": "share of the steps, at the end, over which the rates fall linearly"}

@@ -27,7 +27,8 @@ from .evaluation.samples import sample_prompts
 from .hardware import Throughput
 from .optim import MAX_GRAD_NORM, Schedule, build_optimizer
 from .pretrain_checkpoint import Checkpoints, rewind_log
-from .pretrain_plan import accumulation_steps, model_config, scaling_plan
+from .pretrain_estimate import describe_plan
+from .pretrain_plan import accumulation_steps, model_config, planned_vocab_size, scaling_plan
 from .stage import Stage
 from .tokenizer import load_tokenizer, token_byte_lengths
 from .training_step import TrainingStep, make_accelerator
@@ -46,11 +47,16 @@ def pretrain(config: PretrainConfig, settings: dict) -> None:
     Raises:
         ValueError: settings that do not fit together, or a run folder of another recipe; before any work is done.
     """
+    folder = Path(config.run_dir) / "tokenizer"
+    if config.plan:
+        print(describe_plan(config, planned_vocab_size(config, folder)))
+        return
     stage = Stage(config.run_dir, "base", settings)
     if stage.finished:
         print("base: finished before, nothing to do")
         return
-    tokenizer = load_tokenizer(Path(config.run_dir) / "tokenizer")
+    tokenizer = load_tokenizer(folder)
+    planned_vocab_size(config, folder)
     run = Pretraining(config, stage, tokenizer)
     with stage:
         run.train()

@@ -1,8 +1,11 @@
 """From a pretraining recipe to its plan, its model and its number of forward passes a step."""
 
+from pathlib import Path
+
 from . import NanoChatHFConfig
 from .configs import PretrainConfig
 from .scaling import ScalingPlan
+from .tokenizer import load_tokenizer
 
 
 def scaling_plan(config: PretrainConfig, vocab_size: int) -> ScalingPlan:
@@ -18,6 +21,25 @@ def scaling_plan(config: PretrainConfig, vocab_size: int) -> ScalingPlan:
         total_batch_tokens=config.total_batch_tokens,
         num_steps=config.num_steps,
     )
+
+
+def planned_vocab_size(config: PretrainConfig, tokenizer_folder: Path) -> int:
+    """The vocabulary of the run's tokenizer, or the recipe's where it is not trained yet.
+
+    Raises:
+        ValueError: neither is there, or they differ.
+    """
+    if not tokenizer_folder.is_dir() and config.vocab_size is not None:
+        return config.vocab_size
+    if not tokenizer_folder.is_dir():
+        raise ValueError(f"there is no {tokenizer_folder} yet: train the tokenizer first, or give --vocab_size")
+    vocab_size = len(load_tokenizer(tokenizer_folder))
+    if config.vocab_size not in (None, vocab_size):
+        raise ValueError(
+            f"vocab_size={config.vocab_size}, but the tokenizer in {tokenizer_folder} has {vocab_size} tokens: "
+            f"make both recipes agree, tokenizer.yaml and pretrain.yaml"
+        )
+    return vocab_size
 
 
 def accumulation_steps(plan: ScalingPlan, config: PretrainConfig, num_processes: int) -> int:

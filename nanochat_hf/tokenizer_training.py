@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .configs import TokenizerConfig
 from .data.corpus import load_corpus
+from .interop_tokenizer import from_tiktoken_pickle
 from .stage import Stage
 from .tokenizer import (
     SPECIAL_TOKENS,
@@ -66,9 +67,12 @@ def train_tokenizer(config: TokenizerConfig) -> PreTrainedTokenizerFast:
     corpus = load_corpus(config.dataset, "train", on_bad_shard=config.on_bad_shard)
     documents = CappedDocuments(corpus, config.max_chars, config.max_document_chars)
     with stage:
-        print(f"tokenizer: learning {config.vocab_size:,} tokens from {config.dataset}", flush=True)
         started = time.perf_counter()
-        tokenizer = train_bpe(documents, config.vocab_size, show_progress=sys.stderr.isatty())
+        if config.start_from is not None:
+            tokenizer = existing_tokenizer(config)
+        else:
+            print(f"tokenizer: learning {config.vocab_size:,} tokens from {config.dataset}", flush=True)
+            tokenizer = train_bpe(documents, config.vocab_size, show_progress=sys.stderr.isatty())
         train_seconds = time.perf_counter() - started
         lengths = token_byte_lengths(tokenizer)
         lengths = lengths[lengths > 0].double()  # special tokens stand for no bytes
@@ -89,11 +93,25 @@ def train_tokenizer(config: TokenizerConfig) -> PreTrainedTokenizerFast:
             "evaluation": evaluation,
         }
         _save(tokenizer, folder)
+    origin = f"{documents.num_documents:,} documents ({documents.num_chars:,} characters) in {train_seconds:.1f} s"
     print(
-        f"tokenizer: {len(tokenizer):,} tokens from {documents.num_documents:,} documents "
-        f"({documents.num_chars:,} characters) in {train_seconds:.1f} s\n\n{evaluation_tables(evaluation)}\n\n"
-        f"saved to {folder}"
+        f"tokenizer: {len(tokenizer):,} tokens from {config.start_from or origin}\n\n"
+        f"{evaluation_tables(evaluation)}\n\nsaved to {folder}"
     )
+    return tokenizer
+
+
+def existing_tokenizer(config: TokenizerConfig) -> PreTrainedTokenizerFast:
+    """The tokenizer `start_from` names, a nanochat one converted.
+
+    Raises:
+        ValueError: none there, or one of another size than the recipe says.
+    """
+    path = Path(config.start_from)
+    is_pickle = path.suffix == ".pkl" or (path / "tokenizer.pkl").is_file()
+    tokenizer = from_tiktoken_pickle(path) if is_pickle else load_tokenizer(config.start_from)
+    if len(tokenizer) != config.vocab_size:
+        raise ValueError(f"the tokenizer in {path} has {len(tokenizer):,} tokens, vocab_size={config.vocab_size:,}")
     return tokenizer
 
 

@@ -25,6 +25,7 @@ ROOMMATES = {
     "terminal": "chat",
     "space": "chat",
     "pretrain_plan": "pretrain",
+    "pretrain_estimate": "pretrain",
     "pretrain_checkpoint": "pretrain",
     "interop_checkpoint": "interop",
     "interop_tokenizer": "interop",

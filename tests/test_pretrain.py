@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import torch
 from nanochat_hf import NanoChatHFForCausalLM, pretrain
 from nanochat_hf.checkpoint import load_model
 from nanochat_hf.configs import PretrainConfig
+from nanochat_hf.pretrain_estimate import describe_plan
+from nanochat_hf.recipe import parse_recipe
 from nanochat_hf.training_step import TrainingStep
 
 SETTINGS = {
@@ -115,3 +118,26 @@ def test_a_run_without_tokenizer(tmp_path):
     config = PretrainConfig(run_dir=str(tmp_path))
     with pytest.raises(ValueError, match="tokenizer"):
         pretrain.pretrain(config, {})
+
+
+def test_the_plan_of_the_published_run(capsys):
+    recipe = str(Path(__file__).parents[1] / "recipes" / "d20_2025_10" / "pretrain.yaml")
+    config, settings = parse_recipe(PretrainConfig, argv=["--config", recipe, "--plan", "--run_dir", "nowhere"])
+    pretrain.pretrain(config, settings)
+    text = capsys.readouterr().out
+    assert "560,988,160" in text and "21,400 steps of 524,288 tokens" in text and "3.917670e+19" in text
+    assert "fits" in text and "NOT" not in text and not Path("nowhere").exists()
+    config.device_batch_size, config.total_batch_tokens = 256, 2**23
+    text = describe_plan(config, 65536)
+    assert text.count("does NOT fit") == 2 and "--device_batch_size 64 would" in text
+
+
+def test_a_tokenizer_of_another_size_is_refused(make_run):
+    run_dir, config, settings = make_run("sizes", vocab_size=600)
+    with pytest.raises(ValueError, match="vocab_size=600, but the tokenizer in .* has 512 tokens"):
+        pretrain.pretrain(config, settings)
+
+
+def test_a_plan_needs_a_vocabulary(tmp_path):
+    with pytest.raises(ValueError, match="train the tokenizer first, or give --vocab_size"):
+        pretrain.pretrain(PretrainConfig(run_dir=str(tmp_path), plan=True), {})
