@@ -81,7 +81,8 @@ def prepare_arguments(training_args, settings: dict, checkpoint_dir: Path) -> No
 
 def stage_optimizer(model: PreTrainedModel, config) -> torch.optim.Optimizer:
     """Muon and AdamW at the architecture's nominal rates times `lr_fraction`; Muon decays only in pretraining."""
-    return build_optimizer(model, lr_fraction=config.lr_fraction, weight_decay=0.0)
+    rates = config.learning_rates
+    return build_optimizer(model, lr_fraction=config.lr_fraction, weight_decay=0.0, learning_rates=rates)
 
 
 def stage_schedule(

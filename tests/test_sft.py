@@ -131,7 +131,7 @@ def trainer(run_dir, tiny_model, tiny_tokenizer):
     rows = pack_rows(encoded, 128, "bfd", assistant_only=True)
     args = arguments(output_dir=str(run_dir / "out"), dataset_kwargs={"skip_prepare_dataset": True})
     args.assistant_only_loss = False
-    config = stage_config(run_dir, lr_fraction=0.5, warmdown_fraction=0.5)
+    config = stage_config(run_dir, lr_fraction=0.5, warmdown_fraction=0.5, learning_rates={"smear": 0.04})
     trainer = StageSFTTrainer(config, model=tiny_model, args=args, train_dataset=rows, processing_class=tiny_tokenizer)
     trainer.encoded = encoded
     return trainer
@@ -172,6 +172,7 @@ def test_our_optimizer_and_schedule_drive_the_steps(trainer):
     groups = {group["name"]: group for group in optimizer.param_groups}
     assert optimizer.num_orthogonalized > 0
     assert groups["matrix"]["initial_lr"] == pytest.approx(0.02 * 0.5)
+    assert groups["smear"]["initial_lr"] == pytest.approx(0.04 * 0.5)
     assert groups["matrix"]["weight_decay"] == 0.0
     rates = [line["learning_rate"] / groups["lm_head"]["initial_lr"] for line in trainer.state.log_history[:4]]
     by_name = trainer.lr_scheduler.lr_lambdas[0]
