@@ -88,7 +88,14 @@ def run_dir(tmp_path):
     write_record(run, "base_loss", {"train_bpb": 1.4, "val_bpb": 1.5, "samples": samples}, 2)
     core_tasks = {"core_mini_copa": {"accuracy": 0.6, "centered": 0.2, "num_items": 40}}
     write_record(run, "core", {"core": 0.2, "tasks": core_tasks}, 3)
-    write_record(run, "mid", {"val_bpb": 0.9, "num_steps": 100}, 4)
+    mixture = {
+        "rows": {"arithmetic": 30, "identity": 10},
+        "tokens": {"arithmetic": 900, "identity": 100},
+        "truncated": 2,
+    }
+    held_out = {"rows": {"arithmetic": 3}, "tokens": {"arithmetic": 90}}
+    mid = {"val_bpb": 0.9, "num_steps": 100, "train_mixture": mixture, "validation_mixture": held_out}
+    write_record(run, "mid", mid, 4, {"mixture": [{"source": "arithmetic", "rows": 30}, {"source": "identity"}]})
     write_record(run, "sft", {"num_rows": 600, "train_loss": 1.0, "val_loss": 1.1}, 5)
     write_record(run, "rl", {"reward_first": 0.4, "reward_last": 0.6}, 6)
     write_record(run, "chatcore_mid", chat_results(40), 7)
@@ -113,6 +120,9 @@ def test_report_has_every_section_in_nanochats_order(run_dir, capsys):
     assert not (run_dir / "plots" / "reward.png").exists()
     assert "| news | 100 | 50 | 2.00 | 40 | 2.50 | +20.0% |" in report
     assert "cannot be compared" in report
+    assert "- mixture: source=arithmetic rows=30; source=identity" in report
+    assert "| arithmetic | 30 | 900 | 90.00% | 3 |\n| identity | 10 | 100 | 10.00% | - |" in report
+    assert "Training rows: truncated 2." in report
     assert "| CORE | - | - | - | - | 0.1957 | - | - |" in report  # mini tasks stand in a row of their own
     assert "| CORE (embedded mini tasks) | 0.2000 | - | - | - | - | - | - |" in report
     printed = capsys.readouterr().out

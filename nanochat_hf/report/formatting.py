@@ -51,14 +51,21 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def flatten(values: dict, prefix: str = "") -> list[tuple[str, object]]:
-    """Nested dicts as dotted names; a list becomes one value."""
+    """Nested dicts as dotted names; a list becomes one value, of dicts their `key=value` pairs."""
     pairs: list[tuple[str, object]] = []
     for key, value in values.items():
         if isinstance(value, dict):
             pairs += flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            pairs.append((f"{prefix}{key}", "; ".join(map(list_item, value))))
         else:
-            pairs.append((f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, list) else value))
+            pairs.append((f"{prefix}{key}", value))
     return pairs
+
+
+def list_item(item: object) -> str:
+    """An entry of a list, such as one source of a mixture."""
+    return " ".join(f"{key}={value}" for key, value in item.items()) if isinstance(item, dict) else str(item)
 
 
 def quote(text: str) -> str:

@@ -73,15 +73,30 @@ def stage_section(records: RunRecords, title: str, name: str) -> str:
     lines += [("Wall clock of the stage", duration(cost.get("seconds")))]
     lines += [("Peak memory usage", mebibytes(cost.get("peak_memory_mib")))]
     shown = {key for key, _, _ in known}
-    rest = [(key, number(value)) for key, value in results.items() if key not in shown and not is_table(key)]
-    return "\n\n".join(
-        [heading(records, title, name), settings(records, name), "**Results**\n\n" + bullets(lines + rest)]
-    )
+    lines += [(key, number(value)) for key, value in results.items() if key not in shown and not is_table(key)]
+    parts = [heading(records, title, name), settings(records, name), "**Results**\n\n" + bullets(lines)]
+    return "\n\n".join([*parts, *mixture_table(records.results(name))])
 
 
 def is_table(key: str) -> bool:
-    """Whether a flattened result belongs to a table that has its own section."""
-    return key.split(".")[0] in ("evaluation", "samples", "comparison")
+    """Whether a flattened result belongs to a table."""
+    return key.split(".")[0] == "evaluation" or key.startswith(("train_mixture.", "validation_mixture."))
+
+
+def mixture_table(results: dict) -> list[str]:
+    """What a stage learned from: rows and tokens a source, and what was cut or left out; empty without a mixture."""
+    mixture, held_out = results.get("train_mixture"), results.get("validation_mixture", {})
+    if mixture is None:
+        return []
+    total = sum(mixture["tokens"].values()) or 1
+    rows = [
+        [source, number(count), number(mixture["tokens"][source]), percent(mixture["tokens"][source] / total)]
+        + [number(held_out.get("rows", {}).get(source))]
+        for source, count in mixture["rows"].items()
+    ]
+    left_out = ", ".join(f"{key} {number(value)}" for key, value in mixture.items() if isinstance(value, int))
+    header = ["Source", "Rows", "Tokens", "Share of tokens", "Validation rows"]
+    return [table(header, rows)] + ([f"Training rows: {left_out}."] if left_out else [])
 
 
 def tokenizer_evaluation(records: RunRecords) -> str:
