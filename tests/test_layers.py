@@ -28,7 +28,6 @@ ROOMMATES = {
     "pretrain_estimate": "pretrain",
     "pretrain_checkpoint": "pretrain",
     "interop_checkpoint": "interop",
-    "interop_tokenizer": "interop",
     "interop_verify": "interop",
 }
 

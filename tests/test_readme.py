@@ -32,9 +32,10 @@ def test_commands_name_files_and_flags_that_exist(path, words):
         if is_path and not re.fullmatch(r"[\w-]+/[\w.-]+-shuffle", word):  # a Hub data set
             assert (ROOT / word).exists(), f"{path.name} names {word}"
     scripts = [word for word in words if re.fullmatch(r"scripts/\w+\.py", word)]
-    if scripts and "--model_args" not in words and scripts[0] != "scripts/convert.py":
+    # convert.py and benchmark.py take a subcommand first, --model_args is lm-eval's own command line, --plan a switch.
+    if scripts and "--model_args" not in words and scripts[0] not in ("scripts/convert.py", "scripts/benchmark.py"):
         fields = {name for type_ in dataclasses_of(Path(scripts[0]).stem) for name in type_.__dataclass_fields__}
-        given = {word[2:] for word in words[words.index(scripts[0]) :] if word.startswith("--")} - {"config"}
+        given = {word[2:] for word in words[words.index(scripts[0]) :] if word.startswith("--")} - {"config", "plan"}
         assert given <= fields, f"{scripts[0]} has no {given - fields}"
     if words[-1:] and any(word.endswith("run.sh") for word in words):
         flags = {word for word in words if word.startswith("--")}
