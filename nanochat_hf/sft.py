@@ -135,11 +135,7 @@ def load_conversations(
 
 
 def mixture_sources(config: SFTStageConfig) -> list[dict]:
-    """The recipe's sources and those that `chat_data` and `eval_data` add.
-
-    Raises:
-        ValueError: `eval_data` without the files that are looked for.
-    """
+    """The recipe's sources and those that `chat_data` and `eval_data` add."""
     sources = list(config.mixture)
     if config.chat_data:
         sources.append({"source": "messages", "dataset": config.chat_data, "rows": config.data_rows})
