@@ -1,0 +1,126 @@
+"""Publishing a run: a model repository on the Hub with code, tokenizer, card and report; each stage is a branch.
+
+Before anything is sent, every folder is opened in a process that does not know this package and must give the same
+tokens and logits as here: a tokenizer and a model out of step, or a code file left behind, would be noticed only by
+others. Repositories are private unless `public` is said. Running it again sends only what is missing.
+
+    python scripts/publish.py --run runs/tiny --repo_id me/tiny-chat --dry_run
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from ..configs import PublishConfig
+from ..stage import STAGES
+from .card import model_card
+from .check import check_folder
+
+MODEL_STAGES = tuple(stage for stage in STAGES if stage != "tokenizer")
+SECRET = re.compile(rb"\bhf_[A-Za-z0-9]{20,}\b")
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def publish(config: PublishConfig) -> None:
+    """Check a run's models and upload them: the last stage to `main`, every stage to a branch of its name.
+
+    Raises:
+        ValueError: a run without a model, a malformed `repo_id`, a folder that fails its check, a secret in a file, or
+            a Hub that refuses (no token, no right to write, no network).
+    """
+    run_dir = Path(config.run)
+    stages = [stage for stage in MODEL_STAGES if (run_dir / stage / "config.json").is_file()]
+    if not stages:
+        raise ValueError(
+            f"run={config.run}: none of {', '.join(MODEL_STAGES)} in it is a model folder; run a recipe first"
+        )
+    if not REPO_ID.fullmatch(config.repo_id):
+        raise ValueError(f"repo_id={config.repo_id!r} must be OWNER/NAME, for example me/tiny-chat")
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = {stage: gather(run_dir, stage, stages, config.repo_id, Path(temporary) / stage) for stage in stages}
+        for stage, folder in folders.items():
+            refuse_secrets(folder)
+            print(f"{stage}: same tokens and logits without this package ({check_folder(folder)})", flush=True)
+        branches = {"main": folders[stages[-1]], **folders}
+        if config.dry_run:
+            print(listing(branches, config))
+            return
+        upload(branches, config)
+
+
+def gather(run_dir: Path, stage: str, stages: list[str], repo_id: str, target: Path) -> Path:
+    """A stage's model folder with the card, the report and its plots beside it, as it will lie on the Hub."""
+    shutil.copytree(run_dir / stage, target, copy_function=link_or_copy)
+    for name in ("report.md", "metrics.json"):
+        if (run_dir / name).is_file():
+            shutil.copy(run_dir / name, target / name)
+    if (run_dir / "plots").is_dir():
+        shutil.copytree(run_dir / "plots", target / "plots")
+    metrics_path = run_dir / "metrics.json"
+    metrics = json.loads(metrics_path.read_text()) if metrics_path.is_file() else {}
+    (target / "README.md").write_text(model_card(run_dir, stage, stages, repo_id, metrics), encoding="utf-8")
+    return target
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """Weights are large and only read: link where the file system lets us."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy(source, target)
+
+
+def refuse_secrets(folder: Path) -> None:
+    """No access token may leave in a text file: neither one that looks so, nor the one in use."""
+    own = os.environ.get("HF_TOKEN", "").encode()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.suffix not in (".safetensors", ".png"):
+            content = path.read_bytes()
+            if SECRET.search(content) or (len(own) >= 8 and own in content):
+                raise ValueError(f"{path.relative_to(folder)} holds an access token; remove it, and revoke the token")
+
+
+def listing(branches: dict[str, Path], config: PublishConfig) -> str:
+    """What an upload would send, file by file."""
+    lines = [f"would go to {config.repo_id} ({'public' if config.public else 'private'}):"]
+    for branch, folder in branches.items():
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        size = sum(path.stat().st_size for path in files)
+        lines.append(f"  branch {branch}: {len(files)} files, {size / 1e6:,.1f} MB")
+        if branch == "main":
+            lines += [f"    {path.relative_to(folder)}  {path.stat().st_size:,} bytes" for path in files]
+    return "\n".join(lines)
+
+
+def upload(branches: dict[str, Path], config: PublishConfig) -> None:
+    """Create the repository and its branches, and send each folder as one commit."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
+
+    api = HfApi()
+    try:
+        api.create_repo(config.repo_id, private=not config.public, exist_ok=True)
+        for branch, folder in branches.items():
+            if branch != "main":
+                api.create_branch(config.repo_id, branch=branch, exist_ok=True)
+            message = f"Upload the model of stage {branch}" if branch != "main" else "Upload the final model"
+            api.upload_folder(repo_id=config.repo_id, folder_path=folder, revision=branch, commit_message=message)
+            print(f"sent {branch} to {config.repo_id}", flush=True)
+    except LocalTokenNotFoundError as error:
+        raise ValueError("no Hub token on this machine: run `hf auth login`, or set HF_TOKEN") from error
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        hints = {401: "the token is not valid: `hf auth login`", 403: "the token may not write there"}
+        raise ValueError(
+            f"the Hub refused {config.repo_id}: {hints.get(status, status)}. What was sent is kept"
+        ) from error
+    except (HTTPError, OSError) as error:
+        raise ValueError(
+            f"no connection to the Hub ({type(error).__name__}); run the same command again later"
+        ) from error
+    except RuntimeError as error:  # what upload_folder makes of a transfer that broke off
+        raise ValueError(f"{error} Run the same command again: what was sent is kept") from error
+    print(f"https://huggingface.co/{config.repo_id}")

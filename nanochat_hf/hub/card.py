@@ -1,0 +1,117 @@
+"""The model card: what the model is, what it scored, how to load it, what it was trained on, what to beware of."""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCardData
+
+USAGE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True)
+messages = [{{"role": "user", "content": "Who are you?"}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens=100)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+```
+
+`trust_remote_code` runs the two model files of this repository; read them first. `generate` writes calculator calls but
+does not run them; nanochat-hf's `python scripts/chat.py --model {repo_id}` does.
+
+lm-evaluation-harness:
+
+    lm_eval --model hf --model_args pretrained={repo_id},trust_remote_code=True --tasks hellaswag
+"""
+
+LIMITS = """A small model trained on little text: it states falsehoods fluently, counts badly without its calculator,
+and knows nothing after its training text. It was not aligned for safety. Use it to study how such models are made.
+
+No GGUF, MLX or ONNX copy exists."""
+
+
+def model_card(run_dir: Path, stage: str, stages: list[str], repo_id: str, metrics: dict) -> str:
+    """The card of one stage's model as Markdown with metadata.
+
+    Args:
+        stage: the stage whose weights lie beside this card.
+        stages: every published stage, first to last.
+        metrics: the run's metrics.json; empty when no report was built.
+    """
+    data = ModelCardData(
+        license="mit",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        language="en",
+        tags=["nanochat", "nanochat_hf", "custom_code"],
+        model_name=repo_id.split("/")[1],
+        eval_results=evaluation_results(metrics) or None,
+    )
+    others = ", ".join(f"`{name}`" for name in stages)
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {repo_id.split('/')[1]}",
+        f"The model after stage `{stage}` of a [nanochat](https://github.com/karpathy/nanochat)-style run from scratch "
+        f"on the HuggingFace stack. Branches hold the model after each stage ({others}); `main` is the last.",
+        "## Use\n\n" + USAGE.format(repo_id=repo_id),
+        "## Results\n\n" + results_text(metrics),
+        "## Training data\n\n" + training_data(run_dir, stages),
+        "## Limits\n\n" + LIMITS,
+    ]
+    if (run_dir / "report.md").is_file():
+        parts.append("## Report\n\n[report.md](report.md) has every setting, figure and plot of the run.")
+    return "\n\n".join(parts) + "\n"
+
+
+def evaluation_results(metrics: dict) -> list[EvalResult]:
+    """Scores for the Hub's widget; only what was measured."""
+    found = []
+    for group, metric in (("core", "CORE, centered"), ("chatcore", "accuracy")):
+        for task, value in metrics.get(group, {}).items():
+            is_score = isinstance(value, float) and task not in ("seconds", "peak_memory_mib")
+            if is_score:
+                found.append(
+                    EvalResult(
+                        task_type="text-generation",
+                        dataset_type=task,
+                        dataset_name=task,
+                        metric_type="centered_accuracy" if group == "core" or task == "chatcore" else "accuracy",
+                        metric_name=metric,
+                        metric_value=round(value, 4),
+                    )
+                )
+    return found
+
+
+def results_text(metrics: dict) -> str:
+    """The scores as a list; a line that says so where nothing was measured."""
+    lines = [
+        f"- {result.dataset_name}: {result.metric_value:.4f} ({result.metric_name})"
+        for result in evaluation_results(metrics)
+    ]
+    if (bpb := metrics.get("base", {}).get("val_bpb")) is not None:
+        lines.insert(0, f"- base model, validation: {bpb:.4f} bits per byte")
+    return "\n".join(lines) or "This run was not evaluated."
+
+
+def training_data(run_dir: Path, stages: list[str]) -> str:
+    """Text source and conversation sources, as the stage records say."""
+    lines = []
+    for stage in stages:
+        path = run_dir / "eval" / f"{stage}.json"
+        settings = json.loads(path.read_text())["settings"] if path.is_file() else {}
+        if "dataset" in settings:
+            lines.append(f"- {stage}: text from {public_name(settings['dataset'])}")
+        sources = [
+            public_name(source.get("dataset") or source.get("source", "?")) for source in settings.get("mixture") or []
+        ]
+        if sources:
+            lines.append(f"- {stage}: {', '.join(sources)}")
+    return "\n".join(lines) or "The stage records of this run are not at hand."
+
+
+def public_name(dataset: str) -> str:
+    """A data set's name without the path of the machine that held it."""
+    if dataset == "embedded":
+        return "the documentation and source of the Python standard library"
+    return Path(dataset).name if dataset.startswith(("/", ".", "~")) else dataset

@@ -1,0 +1,178 @@
+"""Publishing to a Hub on loopback, and loading it back where this package cannot be imported."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import LoopbackHub
+
+from nanochat_hf import NanoChatHFForCausalLM
+from nanochat_hf.checkpoint import save_model
+from nanochat_hf.configs import PublishConfig
+from nanochat_hf.hub import publish
+from nanochat_hf.hub.card import model_card, public_name
+
+ROOT = Path(__file__).parents[1]
+
+LOAD_BACK = """
+import sys
+sys.modules["nanochat_hf"] = None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+messages = [{"role": "user", "content": "Hi"}]
+for branch in ("main", "sft"):
+    kwargs = {"trust_remote_code": True, "revision": branch}
+    tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], **kwargs)
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], **kwargs).eval()
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = inputs["input_ids"]
+    torch.save({"ids": ids, "logits": model(input_ids=ids).logits.detach()}, f"{branch}.pt")
+"""
+
+PUBLISH = """
+import sys
+import nanochat_hf.hub as hub
+from nanochat_hf.configs import PublishConfig
+if sys.argv[2] == "unchecked":
+    hub.check_folder = lambda folder: "not checked"
+hub.check.math.log = lambda value: 1e9  # the models are untrained
+hub.publish(PublishConfig(run=sys.argv[1], repo_id="me/tiny"))
+"""
+
+
+@pytest.fixture
+def run_dir(tmp_path, tiny_model, tiny_tokenizer):
+    """A run with an sft model, its report and records."""
+    run = tmp_path / "run"
+    (run / "eval").mkdir(parents=True)
+    (run / "sft").mkdir()
+    save_model(tiny_model, tiny_tokenizer, run / "sft")
+    settings = {"mixture": [{"source": "arithmetic"}, {"source": "messages", "dataset": "/home/me/talk.jsonl"}]}
+    (run / "eval" / "sft.json").write_text(json.dumps({"settings": settings, "results": {}}))
+    metrics = {
+        "base": {"val_bpb": 1.5},
+        "chatcore": {"chatcore": 0.25, "arithmetic": 0.5, "stage": "sft", "seconds": 3.5},
+    }
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    (run / "report.md").write_text("# report\n")
+    return run
+
+
+def better_than_guessing(monkeypatch):
+    """The fixtures' models are untrained; this part of the check has a test of its own."""
+    monkeypatch.setattr("nanochat_hf.hub.check.math.log", lambda value: 1e9)
+
+
+def test_dry_run_sends_nothing_and_lists_everything(run_dir, monkeypatch, capsys):
+    better_than_guessing(monkeypatch)
+    publish(PublishConfig(run=str(run_dir), repo_id="me/tiny", dry_run=True))
+    printed = capsys.readouterr().out
+    for name in (
+        "README.md",
+        "report.md",
+        "model.safetensors",
+        "modeling_nanochat_hf.py",
+        "tokenizer.json",
+        "branch sft",
+    ):
+        assert name in printed
+    assert "me/tiny (private)" in printed
+
+
+def test_published_models_load_without_this_package(run_dir, tmp_path, tiny_model, tiny_tokenizer):
+    with torch.no_grad():
+        tiny_model.get_output_embeddings().weight.mul_(2)
+    (run_dir / "rl").mkdir()
+    save_model(tiny_model, tiny_tokenizer, run_dir / "rl")
+    with LoopbackHub() as hub:
+        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_x", "HF_HUB_DISABLE_XET": "1"}
+        environment |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+        def run(code, *arguments):
+            command = [sys.executable, "-c", code, *arguments]
+            done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            assert "hf_x" not in done.stdout + done.stderr
+
+        run(PUBLISH, str(run_dir), "checked")
+        repo = hub.repos["me/tiny"]
+        assert repo["private"] is True and set(repo["branches"]) == {"main", "sft", "rl"}
+        assert repo["branches"]["main"].keys() == repo["branches"]["rl"].keys()
+        run(LOAD_BACK, "me/tiny")
+        for branch, stage in (("main", "rl"), ("sft", "sft")):
+            theirs = torch.load(tmp_path / f"{branch}.pt")
+            with torch.no_grad():
+                ours = NanoChatHFForCausalLM.from_pretrained(run_dir / stage).eval()(input_ids=theirs["ids"]).logits
+            assert torch.equal(theirs["logits"], ours)
+        num_puts = sum(method == "PUT" for method, _ in hub.requests)
+        run(PUBLISH, str(run_dir), "unchecked")
+        assert sum(method == "PUT" for method, _ in hub.requests) == num_puts, "weights were sent twice"
+
+
+def test_the_card_states_scores_data_and_no_paths(run_dir):
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    card = model_card(run_dir, "rl", ["sft", "rl"], "me/tiny", metrics)
+    assert "- arithmetic: 0.5000 (accuracy)" in card and "1.5000 bits per byte" in card
+    assert "- sft: arithmetic, talk.jsonl" in card and "/home/me" not in card
+    assert "license: mit" in card and "library_name: transformers" in card
+    assert "3.5" not in card.split("## Use")[0]
+    assert public_name("HuggingFaceTB/smol-smoltalk") == "HuggingFaceTB/smol-smoltalk"
+    assert "This run was not evaluated." in model_card(run_dir, "rl", ["rl"], "me/tiny", {})
+
+
+def test_a_secret_stops_everything(run_dir, monkeypatch):
+    better_than_guessing(monkeypatch)
+    (run_dir / "report.md").write_text("token: hf_" + "a" * 30)
+    with pytest.raises(ValueError, match="report.md holds an access token"):
+        publish(PublishConfig(run=str(run_dir), repo_id="me/tiny", dry_run=True))
+    monkeypatch.setenv("HF_TOKEN", "another-form-of-token")
+    (run_dir / "report.md").write_text("another-form-of-token")
+    with pytest.raises(ValueError, match="report.md holds an access token"):
+        publish(PublishConfig(run=str(run_dir), repo_id="me/tiny", dry_run=True))
+
+
+def test_a_folder_that_others_cannot_use_is_refused(run_dir, monkeypatch, tiny_model, tiny_tokenizer):
+    call = PublishConfig(run=str(run_dir), repo_id="me/tiny", dry_run=True)
+    with torch.no_grad():
+        tiny_model.get_output_embeddings().weight.mul_(100)  # far worse than guessing, as with a foreign tokenizer
+    save_model(tiny_model, tiny_tokenizer, run_dir / "sft")
+    with pytest.raises(ValueError, match="worse than guessing"):
+        publish(call)
+    better_than_guessing(monkeypatch)
+    code = run_dir / "sft" / "modeling_nanochat_hf.py"
+    text = code.read_text()
+    assert "torch.tanh(logits" in text
+    code.write_text(text.replace("torch.tanh(logits", "torch.sin(logits"))
+    with pytest.raises(ValueError, match="logits that differ by"):
+        publish(call)
+    code.unlink()
+    with pytest.raises(ValueError, match="does not open without this package"):
+        publish(call)
+
+
+@pytest.mark.parametrize(
+    ("run", "repo_id", "message"),
+    [
+        ("nowhere", "me/tiny", "run a recipe first"),
+        (None, "tiny", "must be OWNER/NAME"),
+        (None, "", "must be OWNER/NAME"),
+    ],
+)
+def test_bad_arguments(run_dir, run, repo_id, message):
+    with pytest.raises(ValueError, match=message):
+        publish(PublishConfig(run=run or str(run_dir), repo_id=repo_id, dry_run=True))
+
+
+def test_no_network_is_one_clear_line(run_dir, tmp_path):
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0"}
+    script = (
+        "import nanochat_hf.hub as hub; from nanochat_hf.configs import PublishConfig\n"
+        "try: hub.upload({}, PublishConfig(repo_id='me/tiny'))\n"
+        "except ValueError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.startswith("no connection to the Hub"), done.stderr
