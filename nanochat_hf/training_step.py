@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 
 from .hardware import supports_bf16
@@ -19,6 +20,7 @@ def make_accelerator(**settings) -> Accelerator:
     """Accelerate's handle on the machine: bf16 where it is fast; several processes on CPUs talk through gloo."""
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     device = PartialState(cpu=on_cpu).device
+    AcceleratorState._reset_state()  # the precision another stage chose in this process does not bind this one
     return Accelerator(cpu=on_cpu, mixed_precision="bf16" if supports_bf16(device) else "no", **settings)
 
 

@@ -2,10 +2,12 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from small_runs import curve, small_run
 
 from nanochat_hf import NanoChatHFForCausalLM, pretrain
 from nanochat_hf.checkpoint import load_model
@@ -14,39 +16,11 @@ from nanochat_hf.pretrain_estimate import describe_plan
 from nanochat_hf.recipe import parse_recipe
 from nanochat_hf.training_step import TrainingStep
 
-SETTINGS = {
-    "depth": 1,
-    "sequence_length": 64,
-    "head_dim": 32,
-    "total_batch_tokens": 256,
-    "device_batch_size": 2,
-    "num_steps": 6,
-    "eval_every_steps": 3,
-    "eval_tokens": 256,
-    "log_every_steps": 1,
-    "save_every_steps": 0,
-}
-
 
 @pytest.fixture
 def make_run(tmp_path, tiny_tokenizer):
-    """A function: a run folder with a tokenizer, and its settings over a small corpus."""
-    corpus = tmp_path / "corpus.jsonl"
-    corpus.write_text("".join(json.dumps({"text": f"Document {i}: " + "one two three " * (i % 17)}) + "\n"
-                              for i in range(200)))  # fmt: skip
-
-    def make(name, **changes):
-        run_dir = tmp_path / name
-        tiny_tokenizer.save_pretrained(run_dir / "tokenizer")
-        settings = {**SETTINGS, "dataset": str(corpus), "run_dir": str(run_dir), **changes}
-        return run_dir, PretrainConfig(**settings), settings
-
-    return make
-
-
-def curve(run_dir, figure):
-    rows = [json.loads(line) for line in (run_dir / "logs" / "base.jsonl").open()]
-    return {row["step"]: row[figure] for row in rows if figure in row}
+    """A function: a run folder with a tokenizer, its configuration and settings."""
+    return partial(small_run, tmp_path, tiny_tokenizer)
 
 
 def test_a_run_writes_a_model_and_its_records(make_run):

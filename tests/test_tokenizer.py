@@ -1,5 +1,6 @@
 """The tokenizer: layout of the vocabulary, training, exact encoding, byte lengths, the folder on disk, the stage."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -259,6 +260,17 @@ def test_stage_leaves_no_half_folder(config, tmp_path, monkeypatch):
             train_tokenizer(config)
     assert not (tmp_path / "run/tokenizer").exists() and not (tmp_path / "run/eval/tokenizer.json").exists()
     assert len(train_tokenizer(config)) == VOCAB_SIZE
+
+
+def test_stage_takes_an_existing_tokenizer(config, tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path / "existing")
+    config.start_from = str(tmp_path / "existing")
+    with pytest.raises(ValueError, match=f"has {len(tokenizer):,} tokens, vocab_size=301"):
+        train_tokenizer(dataclasses.replace(config, vocab_size=301))
+    config.vocab_size = len(tokenizer)
+    assert train_tokenizer(config).get_vocab() == tokenizer.get_vocab()
+    record = json.loads((tmp_path / "run/eval/tokenizer.json").read_text())
+    assert record["settings"]["start_from"] == config.start_from and record["results"]["vocab_size"] == len(tokenizer)
 
 
 @pytest.mark.parametrize("field, value", [("vocab_size", 100), ("max_chars", 0), ("max_document_chars", -1)])
