@@ -1,4 +1,4 @@
-"""Shared fixtures. Everything runs offline; golden outputs and real data are read from ../shared and skipped without it."""
+"""Shared fixtures. All offline; golden outputs and real data are read from ../shared, skipped where it is absent."""
 
 import os
 from pathlib import Path

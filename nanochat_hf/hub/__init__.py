@@ -45,10 +45,13 @@ def publish(config: PublishConfig) -> None:
             refuse_secrets(folder)
             print(f"{stage}: same tokens and logits without this package ({check_folder(folder)})", flush=True)
         branches = {"main": folders[stages[-1]], **folders}
+        space = gather_space(Path(temporary) / "space") if config.space else None
+        if space is not None:
+            refuse_secrets(space)
         if config.dry_run:
-            print(listing(branches, config))
+            print(listing(branches, space, config))
             return
-        upload(branches, config)
+        upload(branches, space, config)
 
 
 def gather(run_dir: Path, stage: str, stages: list[str], repo_id: str, target: Path) -> Path:
@@ -62,6 +65,16 @@ def gather(run_dir: Path, stage: str, stages: list[str], repo_id: str, target: P
     metrics_path = run_dir / "metrics.json"
     metrics = json.loads(metrics_path.read_text()) if metrics_path.is_file() else {}
     (target / "README.md").write_text(model_card(run_dir, stage, stages, repo_id, metrics), encoding="utf-8")
+    return target
+
+
+def gather_space(target: Path) -> Path:
+    """The Space: its folder, and the package files its modules.txt names, so that it runs without this package."""
+    package = Path(__file__).resolve().parents[1]
+    shutil.copytree(package / "space", target, ignore=shutil.ignore_patterns("__pycache__", "__init__.py"))
+    for name in (target / "modules.txt").read_text().split():
+        (target / "nanochat_hf" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(package / name, target / "nanochat_hf" / name)
     return target
 
 
@@ -83,20 +96,23 @@ def refuse_secrets(folder: Path) -> None:
                 raise ValueError(f"{path.relative_to(folder)} holds an access token; remove it, and revoke the token")
 
 
-def listing(branches: dict[str, Path], config: PublishConfig) -> str:
+def listing(branches: dict[str, Path], space: Path | None, config: PublishConfig) -> str:
     """What an upload would send, file by file."""
     lines = [f"would go to {config.repo_id} ({'public' if config.public else 'private'}):"]
-    for branch, folder in branches.items():
+    targets = {f"branch {branch}": folder for branch, folder in branches.items()}
+    if space is not None:
+        targets["Space of the same name"] = space
+    for name, folder in targets.items():
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         size = sum(path.stat().st_size for path in files)
-        lines.append(f"  branch {branch}: {len(files)} files, {size / 1e6:,.1f} MB")
-        if branch == "main":
+        lines.append(f"  {name}: {len(files)} files, {size / 1e6:,.1f} MB")
+        if name in ("branch main", "Space of the same name"):
             lines += [f"    {path.relative_to(folder)}  {path.stat().st_size:,} bytes" for path in files]
     return "\n".join(lines)
 
 
-def upload(branches: dict[str, Path], config: PublishConfig) -> None:
-    """Create the repository and its branches, and send each folder as one commit."""
+def upload(branches: dict[str, Path], space: Path | None, config: PublishConfig) -> None:
+    """Create the repository and its branches, and send each folder as one commit; then the Space, if there is one."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 
@@ -109,6 +125,16 @@ def upload(branches: dict[str, Path], config: PublishConfig) -> None:
             message = f"Upload the model of stage {branch}" if branch != "main" else "Upload the final model"
             api.upload_folder(repo_id=config.repo_id, folder_path=folder, revision=branch, commit_message=message)
             print(f"sent {branch} to {config.repo_id}", flush=True)
+        if space is not None:
+            variables = [{"key": "MODEL_ID", "value": config.repo_id}]
+            kwargs = {"repo_id": config.repo_id, "repo_type": "space"}
+            api.create_repo(
+                **kwargs, private=not config.public, exist_ok=True, space_sdk="gradio", space_variables=variables
+            )
+            api.upload_folder(**kwargs, folder_path=space, commit_message="Upload the chat")
+            print(f"sent the Space {config.repo_id}", flush=True)
+            if not config.public:
+                print("the Space needs a secret HF_TOKEN that may read the private model (Settings, Secrets)")
     except LocalTokenNotFoundError as error:
         raise ValueError("no Hub token on this machine: run `hf auth login`, or set HF_TOKEN") from error
     except HfHubHTTPError as error:
