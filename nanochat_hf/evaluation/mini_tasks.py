@@ -14,7 +14,7 @@ from ..data.arithmetic import arithmetic_problems
 from ..data.embedded_chat import letter_counting_problems, multiple_choice_questions
 from ..data.embedded_text import embedded_documents
 
-NUM_CORE_ROWS = 100
+NUM_CORE_ROWS = 150
 NUM_ARITHMETIC_ROWS = 500
 NUM_CHAT_ROWS = 200
 MAX_CONTEXT_LINES = 8
@@ -27,25 +27,19 @@ def _documents() -> list[list[str]]:
 
 
 def next_line_rows() -> list[dict]:
-    """multiple_choice: which line goes on? The wrong ones are lines of other documents with the same indentation."""
+    """multiple_choice: which line goes on? The wrong ones are lines of other documents."""
     rng = random.Random("next_line")
     documents = _documents()
-    by_indentation: dict[int, set[str]] = {}
-    for lines in documents:
-        for line in lines:
-            if len(line.strip()) >= 8:
-                by_indentation.setdefault(_indentation(line), set()).add(line)
-    pools = {indentation: sorted(lines) for indentation, lines in by_indentation.items()}
+    pool = sorted({line for lines in documents for line in lines if _is_telling(line)})
     rows = []
     for lines in rng.sample(documents, len(documents)):
         index = rng.randrange(3, len(lines))
-        right = lines[index]
-        pool = [line for line in pools.get(_indentation(right), []) if line not in lines]
-        if len(right.strip()) < 8 or len(pool) < 3:
+        wrong = [line for line in rng.sample(pool, 8) if line not in lines][:3]
+        if not _is_telling(lines[index]) or len(wrong) < 3:
             continue
-        choices = [right, *rng.sample(pool, 3)]
+        choices = [lines[index], *wrong]
         rng.shuffle(choices)
-        rows.append({"query": _before(lines, index), "choices": choices, "gold": choices.index(right)})
+        rows.append({"query": _before(lines, index), "choices": choices, "gold": choices.index(lines[index])})
     return rows[:NUM_CORE_ROWS]
 
 
@@ -101,5 +95,5 @@ def _before(lines: list[str], index: int) -> str:
     return "\n".join(lines[max(0, index - MAX_CONTEXT_LINES) : index])
 
 
-def _indentation(line: str) -> int:
-    return len(line) - len(line.lstrip())
+def _is_telling(line: str) -> bool:
+    return len(line.strip()) >= 8
