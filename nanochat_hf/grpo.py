@@ -105,6 +105,10 @@ def run_grpo(config: GRPOStageConfig, training_args: GRPOConfig, settings: dict)
             rollout_func=rollout,
         )
         figures = train_stage(trainer, stage, "reward")
+        if trainer.is_world_process_zero():
+            with atomic_folder(Path(config.run_dir) / config.stage) as partial:
+                save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, partial)
+            shutil.rmtree(checkpoints, ignore_errors=True)
         curve = read_curve(stage)
         mean_rewards = [line["reward"] for line in curve]
         stage.results |= {
@@ -116,10 +120,6 @@ def run_grpo(config: GRPOStageConfig, training_args: GRPOConfig, settings: dict)
             "uniform_groups": fmean(line["frac_reward_zero_std"] for line in curve),
             "completion_tokens": fmean(line["completions/mean_length"] for line in curve[-NUM_REWARD_STEPS:]),
         }
-        if trainer.is_world_process_zero():
-            with atomic_folder(Path(config.run_dir) / config.stage) as partial:
-                save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, partial)
-            shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def completions_per_step(training_args: GRPOConfig) -> int:

@@ -101,6 +101,10 @@ def run_sft(config: SFTStageConfig, training_args: SFTConfig, settings: dict) ->
             stage, lambda: bits_per_byte(trainer, validation, tokenizer, assistant_only), config.eval_every_steps
         )
         figures = train_stage(trainer, stage, "loss", validation_curve)
+        if trainer.is_world_process_zero():
+            with atomic_folder(Path(config.run_dir) / config.stage) as partial:
+                save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, partial)
+            shutil.rmtree(checkpoints, ignore_errors=True)
         curve = read_curve(stage)
         stage.results |= {
             "train_mixture": train_counts,
@@ -114,10 +118,6 @@ def run_sft(config: SFTStageConfig, training_args: SFTConfig, settings: dict) ->
             "min_val_bpb": min(line["val_bpb"] for line in curve if "val_bpb" in line),
             "before": validation_curve.first,
         }
-        if trainer.is_world_process_zero():
-            with atomic_folder(Path(config.run_dir) / config.stage) as partial:
-                save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, partial)
-            shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def load_conversations(

@@ -115,6 +115,7 @@ class CurveCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds += time.perf_counter() - self.started
+        control.should_log |= state.global_step == state.max_steps  # no curve without its end
         if self.bar is not None:
             self.bar.update(1)
 

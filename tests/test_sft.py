@@ -198,6 +198,12 @@ def test_short_rows_and_long_conversations_train_without_nan(run_dir):
     assert list(losses) == [1, 2, 3, 4] and all(map(math.isfinite, losses.values()))
 
 
+def test_a_run_shorter_than_its_logging_interval_has_a_curve(run_dir):
+    run_sft(stage_config(run_dir), arguments(max_steps=2, logging_steps=5), {})
+    assert list(losses_of(run_dir, "sft")) == [2]
+    assert record(run_dir)["results"]["train_loss"] == losses_of(run_dir, "sft")[2]
+
+
 def test_a_loss_that_is_no_number_stops_the_stage(run_dir, tiny_model, tiny_tokenizer):
     with torch.no_grad():
         tiny_model.lm_head.weight[0] = float("nan")

@@ -72,7 +72,7 @@ def describe_counts(title: str, counts: dict) -> str:
     lines = [f"{title}: {sum(counts['rows'].values()):,} conversations, {total:,} tokens"]
     for name, num_rows in counts["rows"].items():
         tokens = counts["tokens"][name]
-        lines.append(f"  {name:<18}{num_rows:>8,} rows {tokens:>12,} tokens {tokens / total:>7.1%}")
+        lines.append(f"  {name:<26}{num_rows:>8,} rows {tokens:>12,} tokens {tokens / total:>7.1%}")
     lines.append(
         f"  truncated {counts['truncated']}; dropped: {counts['dropped_overlong']} too long, "
         f"{counts['dropped_without_target']} without a target, {counts['skipped_bad']} bad"
