@@ -211,6 +211,7 @@ class PublishConfig:
     run: str = field(default="runs/tiny", metadata={"help": "the run's folder"})
     repo_id: str = field(default="", metadata={"help": "model repository, OWNER/NAME"})
     public: bool = field(default=False, metadata={"help": "make a new repository public; private by default"})
+    space: bool = field(default=False, metadata={"help": "publish the Gradio chat too, as a Space of the same name"})
     dry_run: bool = field(default=False, metadata={"help": "check everything and list what would go, send nothing"})
 
 

@@ -72,7 +72,10 @@ class LoopbackHub:
             request = json.loads(body)
             name = f"{request['organization']}/{request['name']}" if request.get("organization") else request["name"]
             private = request.get("private") or request.get("visibility") == "private"
-            self.repos.setdefault(name, {"private": private, "branches": {"main": {}}})
+            name = f"spaces/{name}" if request.get("type") == "space" else name
+            self.repos.setdefault(
+                name, {"private": private, "variables": request.get("variables"), "branches": {"main": {}}}
+            )
             return reply({"url": f"{self.url}/{name}", "id": name, "name": name})
         if path == "/api/validate-yaml":
             return reply({"errors": [], "warnings": []})
@@ -86,7 +89,8 @@ class LoopbackHub:
                     item["actions"] = {"upload": {"href": f"{self.url}/objects/{item['oid']}"}}
             return reply({"transfer": "basic", "objects": objects})
         if match := re.fullmatch(
-            r"/api/models/([^/]+/[^/]+)/(branch|preupload|commit|revision|tree)/([^/]+)(/.*)?", path
+            r"/api/(?:models/|(?=spaces/))((?:spaces/)?[^/]+/[^/]+)/(branch|preupload|commit|revision|tree)/([^/]+)(/.*)?",
+            path,
         ):
             repo, verb, branch = match.group(1), match.group(2), match.group(3)
             branches = self.repos[repo]["branches"]

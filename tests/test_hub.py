@@ -40,7 +40,7 @@ from nanochat_hf.configs import PublishConfig
 if sys.argv[2] == "unchecked":
     hub.check_folder = lambda folder: "not checked"
 hub.check.math.log = lambda value: 1e9  # the models are untrained
-hub.publish(PublishConfig(run=sys.argv[1], repo_id="me/tiny"))
+hub.publish(PublishConfig(run=sys.argv[1], repo_id="me/tiny", space=True))
 """
 
 
@@ -69,7 +69,7 @@ def better_than_guessing(monkeypatch):
 
 def test_dry_run_sends_nothing_and_lists_everything(run_dir, monkeypatch, capsys):
     better_than_guessing(monkeypatch)
-    publish(PublishConfig(run=str(run_dir), repo_id="me/tiny", dry_run=True))
+    publish(PublishConfig(run=str(run_dir), repo_id="me/tiny", space=True, dry_run=True))
     printed = capsys.readouterr().out
     for name in (
         "README.md",
@@ -78,6 +78,7 @@ def test_dry_run_sends_nothing_and_lists_everything(run_dir, monkeypatch, capsys
         "modeling_nanochat_hf.py",
         "tokenizer.json",
         "branch sft",
+        "app.py",
     ):
         assert name in printed
     assert "me/tiny (private)" in printed
@@ -102,6 +103,10 @@ def test_published_models_load_without_this_package(run_dir, tmp_path, tiny_mode
         repo = hub.repos["me/tiny"]
         assert repo["private"] is True and set(repo["branches"]) == {"main", "sft", "rl"}
         assert repo["branches"]["main"].keys() == repo["branches"]["rl"].keys()
+        space = hub.repos["spaces/me/tiny"]
+        assert space["private"] is True
+        assert {"app.py", "README.md", "requirements.txt", "nanochat_hf/chat.py"} <= space["branches"]["main"].keys()
+        assert space["variables"] == [{"key": "MODEL_ID", "value": "me/tiny"}]
         run(LOAD_BACK, "me/tiny")
         for branch, stage in (("main", "rl"), ("sft", "sft")):
             theirs = torch.load(tmp_path / f"{branch}.pt")
@@ -171,7 +176,7 @@ def test_no_network_is_one_clear_line(run_dir, tmp_path):
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0"}
     script = (
         "import nanochat_hf.hub as hub; from nanochat_hf.configs import PublishConfig\n"
-        "try: hub.upload({}, PublishConfig(repo_id='me/tiny'))\n"
+        "try: hub.upload({}, None, PublishConfig(repo_id='me/tiny'))\n"
         "except ValueError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True)

@@ -99,8 +99,7 @@ class NanoChatHFAttention(nn.Module):
         super().__init__()
         self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        # q and k are each multiplied by qk_scale after their norm: folded into the scaling of their product.
-        self.scaling = config.qk_scale**2 * self.head_dim**-0.5
+        self.scaling = self.head_dim**-0.5
         self.is_causal = True
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
         width, q_width = config.hidden_size, config.num_attention_heads * self.head_dim
@@ -133,6 +132,8 @@ class NanoChatHFAttention(nn.Module):
         v = v.transpose(1, 2)
         q = rms_norm(apply_rotary(q, *position_embeddings), self.config.rms_norm_eps)
         k = rms_norm(apply_rotary(k, *position_embeddings), self.config.rms_norm_eps)
+        if self.config.qk_scale != 1:  # not folded into the scaling: nanochat rounds q and k, each on its own
+            q, k = q * self.config.qk_scale, k * self.config.qk_scale
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
@@ -260,21 +261,25 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
         Args:
             x: normed embeddings (B, T, D).
             attention_mask: (B, seen + T) with 0 at padding, or None.
-            position_ids: (B or 1, T); a position 0 starts a document and has no neighbour.
+            position_ids: (B or 1, T), or None; a position 0 starts a document and has no neighbour.
             past_key_values: its last layer keeps the last embedding between calls.
         """
-        states = x.transpose(1, 2)  # (B, D, T)
+        time, states = x.shape[1], x
         if past_key_values is not None:
             last_layer = self.config.num_hidden_layers - 1
-            states = past_key_values.update_conv_state(states, last_layer, conv_kernel_size=1)
-        states = F.pad(states, (x.shape[1] + 1 - states.shape[-1], 0))
-        previous = states[..., :-1].transpose(1, 2)  # (B, T, D)
-        has_previous = (position_ids != 0).unsqueeze(-1)
+            states = past_key_values.update_conv_state(x.transpose(1, 2), last_layer, conv_kernel_size=1)
+            states = states.transpose(1, 2)[:, -time - 1 :]
+        first = time + 1 - states.shape[1]  # 1 where nothing came before x, else 0
+        # Slices are taken in nanochat's order: gradients are then summed in its order, to the last bit.
+        gate = torch.sigmoid(self.smear_gate(x[:, first:, :SMEAR_CHANNELS]))  # (B, T - first, 1)
+        unmixed, rest, previous = x[:, :first], x[:, first:], states[:, :-1]
+        if position_ids is not None:
+            previous = previous * (position_ids[:, first:] != 0).unsqueeze(-1)
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-            padded = F.pad(attention_mask, (1, 0))[:, -x.shape[1] - 1 : -1]
-            has_previous = has_previous & (padded != 0).unsqueeze(-1)
-        gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))  # (B, T, 1)
-        return x + gate * (previous * has_previous)
+            real = F.pad(attention_mask, (1, 0))[:, -time - 1 : -1] != 0
+            previous = previous * real[:, first:].unsqueeze(-1)
+        mixed = rest + self.smear_lambda.to(x.dtype) * gate * previous
+        return torch.cat((unmixed, mixed), dim=1) if first else mixed
 
     @merge_with_config_defaults
     @capture_outputs
@@ -315,13 +320,12 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
         masks = attention_mask
         if not isinstance(attention_mask, dict):  # generate prepares the masks itself for compiled static caches
             masks = self.create_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
-        if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
-
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         x = rms_norm(inputs_embeds, self.config.rms_norm_eps)
         if self.config.use_smear:
             x = self.smear(x, attention_mask, position_ids, past_key_values)
+        if position_ids is None:
+            position_ids = (torch.arange(x.shape[1], device=x.device) + seen).unsqueeze(0)
         x0, middle = x, self.config.num_hidden_layers // 2
         rotary = rotary_tables(self.config, position_ids, x.dtype)
         for i, layer in enumerate(self.layers):
