@@ -166,6 +166,20 @@ class EvaluationConfig:
 
 
 @dataclass
+class CoreDataConfig:
+    """Fetching CORE's task files."""
+
+    output: str = field(
+        default="~/.cache/nanochat_hf/core", metadata={"help": "folder for the files; CORE_DATA_DIR then names it"}
+    )
+    source: str = field(
+        default="https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip",
+        metadata={"help": "URL of the bundle, a zip file or an unpacked folder"},
+    )
+    sha256: str | None = field(default=None, metadata={"help": "refuse a zip file with another checksum"})
+
+
+@dataclass
 class ReportConfig:
     """The report of a run."""
 

@@ -9,7 +9,7 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from nanochat_hf.checkpoint import save_model
-from nanochat_hf.evaluation.lm_eval_model import TASKS_DIR
+from nanochat_hf.evaluation import TASKS_DIR
 
 
 def save(model, tokenizer, folder: Path) -> str:

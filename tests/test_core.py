@@ -10,10 +10,10 @@ from lm_eval_runs import expected_of, flags, golden_folder, run, save, token_los
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from nanochat_hf.evaluation import core_prompts
+from nanochat_hf.evaluation import TASKS_DIR, core_prompts
 from nanochat_hf.evaluation.core_prompts import fewshot_rows, read_rows, render_prompts, scored_starts, shuffled
 from nanochat_hf.evaluation.core_requests import RequestBuilder
-from nanochat_hf.evaluation.lm_eval_model import TASKS_DIR, NanoChatHFLM
+from nanochat_hf.evaluation.lm_eval_model import NanoChatHFLM
 from nanochat_hf.tokenizer import encode_documents
 
 CHOICE = {"query": "Q: sky?", "choices": ["blue", "green"], "gold": 0}

@@ -2,3 +2,8 @@
 
 Nothing is imported here: lm-eval is heavy, and `bpb` alone must stay light enough for the training loop.
 """
+
+from pathlib import Path
+
+TASKS_DIR = Path(__file__).with_name("tasks")  # for lm-eval's --include_path
+CORE_DATA_DIR = "~/.cache/nanochat_hf/core"  # where scripts/get_core_data.py puts CORE's files, unless told otherwise

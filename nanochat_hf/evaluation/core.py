@@ -13,13 +13,12 @@ from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
+from . import CORE_DATA_DIR
 from .core_prompts import ROW_FIELDS, answer_text, fewshot_rows, read_rows, render_prompts, shuffled
 from .core_requests import CoreItem, RequestBuilder
 from .row_task import MissingData, RowTask
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_DATA_DIR = "~/.cache/nanochat_hf/core"  # where scripts/get_core_data.py puts the task files
 
 
 class CoreTask(RowTask):
@@ -46,7 +45,7 @@ class CoreTask(RowTask):
         """The task file, or what the YAML's function makes, in CORE's order."""
         if "rows" in self.own:
             return shuffled(self.own["rows"]())
-        path = self.data_dir("core_data_dir", DEFAULT_DATA_DIR) / self.own["data_file"]
+        path = self.data_dir("core_data_dir", CORE_DATA_DIR) / self.own["data_file"]
         if path.is_file():
             return shuffled(read_rows(path, self.core_type))
         advice = "set CORE_DATA_DIR to the folder that holds it, or run `python scripts/get_core_data.py`"

@@ -16,7 +16,8 @@ from lm_eval.tasks import TaskManager
 from ..configs import EvaluationConfig
 from ..recipe import nearest
 from ..stage import STAGES, Stage
-from .lm_eval_model import TASKS_DIR, NanoChatHFLM
+from . import TASKS_DIR
+from .lm_eval_model import NanoChatHFLM
 
 HUMANEVAL = "chatcore_humaneval"
 

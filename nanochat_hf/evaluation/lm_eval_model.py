@@ -11,7 +11,6 @@ import json
 import logging
 import sys
 from copy import deepcopy
-from pathlib import Path
 
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
@@ -22,11 +21,11 @@ from tqdm import tqdm
 
 from .. import NanoChatHFConfig
 from ..generation import Completion, generate_completions
+from . import TASKS_DIR
 from .scoring import score_continuations
 
 logger = logging.getLogger(__name__)
 
-TASKS_DIR = Path(__file__).with_name("tasks")
 REQUESTS_AT_ONCE = 8192  # tokenized and sorted together; bounds the memory for token ids
 UNLIMITED = 10**9
 
