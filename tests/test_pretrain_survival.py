@@ -33,7 +33,8 @@ def start(run_dir: Path, settings: dict, *arguments: str) -> subprocess.Popen:
     path.write_text(json.dumps(settings))
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # the order of sums must be the same
     command = [sys.executable, str(RUN), str(path), *arguments]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    with open(run_dir / "errors.txt", "w") as errors:  # no pipe: an unread one fills up and blocks the run
+        return subprocess.Popen(command, env=environment, stderr=errors, stdout=subprocess.DEVNULL)
 
 
 def assert_same_run(run_dir: Path, whole_dir: Path) -> None:
@@ -48,8 +49,7 @@ def test_killed_while_saving(make_run):
     pretrain.pretrain(*whole)
     run_dir, config, settings = make_run("killed", save_every_steps=2)
     process = start(run_dir, settings, "2")
-    _, errors = process.communicate()
-    assert process.returncode == -signal.SIGKILL, errors[-2000:]
+    assert process.wait() == -signal.SIGKILL, (run_dir / "errors.txt").read_text()[-2000:]
     checkpoints = run_dir / "checkpoints" / "base"
     assert {path.name for path in checkpoints.iterdir()} == {"step-000002", "step-000004.partial"}
     assert sorted(curve(run_dir, "loss")) == [1, 2, 3, 4]
