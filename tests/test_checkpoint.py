@@ -55,7 +55,8 @@ model = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True)
 AutoTokenizer.from_pretrained("model", trust_remote_code=True)
 AutoModel.from_pretrained("model", trust_remote_code=True)
 assert not model.__class__.__module__.startswith("nanochat_hf")
-assert torch.equal(model(torch.arange(20)[None]).logits, torch.load("expected.pt"))
+# Not bit for bit: earlier tests may have left this suite's process with another number of threads.
+torch.testing.assert_close(model(torch.arange(20)[None]).logits, torch.load("expected.pt"), atol=5e-6, rtol=0)
 print("equal")
 """
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
