@@ -6,6 +6,7 @@ reduction (2510.05491) and cautious weight decay; 2025-10 is plain Muon with New
 """
 
 import math
+from functools import cache
 
 import torch
 from torch.optim.adamw import adamw
@@ -13,6 +14,8 @@ from torch.optim.adamw import adamw
 from .optim_shards import Piece, Unit, units_of
 
 ADAM_EPS = 1e-10
+NORMUON_BETA2 = 0.9  # of the second moment's running average
+MAX_SHAPES = 256  # of parameters that one process may meet
 NEWTON_SCHULZ = [(3.4445, -4.7750, 2.0315)] * 5
 POLAR_EXPRESS = [
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -31,6 +34,7 @@ class MuonAdamW(torch.optim.Optimizer):
         normalize: Muon as in 2026-07 (see the module's docstring) instead of plain Muon.
         dtype: dtype of the orthogonalisation.
         max_grad_norm: clip the gradient of all groups together to this norm.
+        compile: through torch.compile, for each shape of parameter once.
         shares_work: several processes, each with its own gradients of the same parameters, act as one: gradients are
             averaged here, so they must not be averaged before (by DDP), and each process steps only its pieces.
 
@@ -45,10 +49,11 @@ class MuonAdamW(torch.optim.Optimizer):
         dtype: torch.dtype = torch.bfloat16,
         max_grad_norm: float | None = None,
         shares_work: bool = False,
+        compile: bool = False,
     ):
         super().__init__(groups, defaults={})
         self.normalize, self.dtype, self.max_grad_norm = normalize, dtype, max_grad_norm
-        self.shares_work, self.num_orthogonalized = shares_work, 0
+        self.shares_work, self.compile, self.num_orthogonalized = shares_work, compile, 0
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -88,6 +93,13 @@ class MuonAdamW(torch.optim.Optimizer):
                     exp_avg=torch.zeros_like(piece.value),
                     exp_avg_sq=torch.zeros_like(piece.value),
                 )
+        if self.compile:
+            numbers = _tensors(group["lr"], *group["betas"], group["weight_decay"])
+            for piece, state in zip(pieces, states, strict=True):
+                state["step"] += 1
+                moments = state["exp_avg"], state["exp_avg_sq"]
+                _compiled(adamw_update)(piece.value, piece.grad, state["step"], *moments, *numbers)
+            return
         adamw(
             [p.value for p in pieces], [p.grad for p in pieces], [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states], [], [s["step"] for s in states], fused=True, amsgrad=False,
@@ -97,34 +109,61 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _step_muon(self, group: dict, pieces: list[Piece]) -> None:
         """Muon on n matrices of one shape (rows, columns)."""
-        params, grads = [piece.value for piece in pieces], [piece.grad for piece in pieces]
+        rows, columns = pieces[0].value.shape
         states = [self.state[piece.parameter] for piece in pieces]
-        rows, columns = params[0].shape
-        for p, state in zip(params, states, strict=True):
+        for piece, state in zip(pieces, states, strict=True):
             if not state:
-                state["momentum"] = torch.zeros_like(p)
+                state["momentum"] = torch.zeros_like(piece.value)
                 if self.normalize:
-                    state["second_moment"] = p.new_zeros((rows, 1) if rows >= columns else (1, columns))
-        momenta = [state["momentum"] for state in states]
-        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        update = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))  # Nesterov, (n, rows, columns)
-        if self.normalize:
-            update = equilibrate_rows(update)
-            update = orthogonalize(update.to(self.dtype), POLAR_EXPRESS, margin=1.01, eps=1e-6).float()
-            update = with_norm(update, math.sqrt(min(rows, columns)))
-            second_moments = [state["second_moment"] for state in states]
-            mean_square = update.square().mean(dim=-1 if rows >= columns else -2, keepdim=True)
-            torch._foreach_lerp_(second_moments, list(mean_square), 1 - 0.9)
-            norm = update.norm(dim=(-2, -1), keepdim=True)
-            update = with_norm(update * torch.stack(second_moments).clamp(min=1e-10).rsqrt(), norm)
-        else:
-            update = orthogonalize(update.to(self.dtype), NEWTON_SCHULZ, margin=1.0, eps=1e-7).float()
-        self.num_orthogonalized += len(params)
-        lr = group["lr"] * math.sqrt(max(1.0, rows / columns))
-        for p, u in zip(params, update, strict=True):
-            if group["weight_decay"]:
-                p.sub_(p * (u * p >= 0), alpha=lr * group["weight_decay"])  # cautious: only where decay and step agree
-            p.sub_(u, alpha=lr)
+                    shape = (rows, 1) if rows >= columns else (1, columns)
+                    state["second_moment"] = piece.value.new_zeros(shape)
+        names = ("momentum", "second_moment")[: 2 if self.normalize else 1]
+        held = [[piece.value for piece in pieces], *([state[name] for state in states] for name in names)]
+        stacked = [torch.stack(tensors) for tensors in held]
+        numbers = group["momentum"], group["lr"] * max(1.0, rows / columns) ** 0.5, group["weight_decay"], NORMUON_BETA2
+        update, numbers = (_compiled(muon_update), _tensors(*numbers)) if self.compile else (muon_update, numbers)
+        update(torch.stack([piece.grad for piece in pieces]), *numbers, self.dtype, *stacked)
+        for tensors, stack in zip(held, stacked, strict=True):
+            torch._foreach_copy_(tensors, list(stack))
+        self.num_orthogonalized += len(pieces)
+
+
+# In both updates the numbers are floats, or scalar fp32 tensors where compiled. As nanochat's own updates are compiled,
+# the order of operations decides the last bit: with it, the golden trajectory is reproduced exactly.
+
+
+def adamw_update(value, grad, step, exp_avg, exp_avg_sq, lr, beta1, beta2, weight_decay) -> None:
+    """AdamW on one parameter, in place; `step` counts from 1."""
+    value.mul_(1 - lr * weight_decay)
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.lerp_(grad.square(), 1 - beta2)
+    scale = (exp_avg_sq / (1 - beta2**step)).sqrt() + ADAM_EPS
+    value.add_(exp_avg / scale, alpha=-(lr / (1 - beta1**step)))
+
+
+def muon_update(grad, momentum, lr, weight_decay, beta2, dtype, values, momenta, second_moments=None) -> None:
+    """Muon on n matrices of one shape, all (n, rows, columns); values and moments change in place.
+
+    Args:
+        momentum: of the Nesterov average.
+        beta2: of the second moments.
+        dtype: of the orthogonalisation.
+        second_moments: (n, rows, 1) or (n, 1, columns), the smaller one; None for plain Muon (2025-10).
+    """
+    momenta.lerp_(grad, 1 - momentum)
+    update = grad.lerp_(momenta, momentum)
+    if second_moments is None:
+        update = orthogonalize(update.to(dtype), NEWTON_SCHULZ, margin=1.0, eps=1e-7).float()
+    else:
+        update = equilibrate_rows(update)
+        update = orthogonalize(update.to(dtype), POLAR_EXPRESS, margin=1.01, eps=1e-6).float()
+        update = update * (math.sqrt(min(update.shape[-2:])) / matrix_norm(update).clamp(min=1e-7))
+        update = reduce_variance(update, second_moments, beta2)
+    if isinstance(weight_decay, torch.Tensor) or weight_decay:
+        # Cautious: only where decay and step agree.
+        values.sub_(lr * update + lr * weight_decay * values * (update * values >= 0))
+    else:
+        values.sub_(lr * update)
 
 
 def orthogonalize(x: torch.Tensor, coefficients: list[tuple], margin: float, eps: float) -> torch.Tensor:
@@ -136,21 +175,50 @@ def orthogonalize(x: torch.Tensor, coefficients: list[tuple], margin: float, eps
         margin, eps: x is first divided by margin * its Frobenius norm + eps.
     """
     tall = x.shape[-2] > x.shape[-1]
-    if tall:
-        x = x.mT
-    x = x / (margin * x.norm(dim=(-2, -1), keepdim=True) + eps)
+    x = x / (matrix_norm(x) * margin + eps)
     for a, b, c in coefficients:
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+        gram = x.mT @ x if tall else x @ x.mT
+        polynomial = _add_product(gram, b, gram, gram, c)
+        x = _add_product(x, a, x, polynomial) if tall else _add_product(x, a, polynomial, x)
+    return x
+
+
+def _add_product(x, x_factor: float, left, right, factor: float = 1.0) -> torch.Tensor:
+    """`x_factor * x + factor * left @ right`, in one kernel where that is not the compiler's task."""
+    if torch.compiler.is_compiling():
+        return x_factor * x + factor * (left @ right)
+    return torch.baddbmm(x, left, right, beta=x_factor, alpha=factor)
 
 
 def equilibrate_rows(x: torch.Tensor) -> torch.Tensor:
     """Give each row of each matrix the root mean square of the matrix's row norms."""
-    norms = x.norm(dim=-1, keepdim=True)
-    return x * (norms.square().mean(dim=-2, keepdim=True).sqrt() / norms.clamp(min=1e-6))
+    return x * (matrix_norm(x) / x.shape[-2] ** 0.5 / x.norm(dim=-1, keepdim=True).clamp(min=1e-6))
 
 
-def with_norm(x: torch.Tensor, norm: float | torch.Tensor) -> torch.Tensor:
-    """Scale each matrix of (n, rows, columns) to a Frobenius norm."""
-    return x * (norm / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
+def reduce_variance(x: torch.Tensor, second_moments: torch.Tensor, beta2: float | torch.Tensor) -> torch.Tensor:
+    """Divide rows (columns, in a wide matrix) by their running root mean square; the matrix norm is kept (NorMuon)."""
+    dim = -1 if x.shape[-2] >= x.shape[-1] else -2
+    num_averaged = x.shape[dim]
+    mean_square = x.square().mean(dim=dim, keepdim=True)
+    norm = (mean_square.sum(dim=(-2, -1), keepdim=True) * num_averaged).sqrt()
+    second_moments.lerp_(mean_square, 1 - beta2)
+    factor = second_moments.clamp(min=1e-10).rsqrt()
+    new_norm = (mean_square * num_averaged * factor.square()).sum(dim=(-2, -1), keepdim=True).sqrt()
+    return x * (factor * (norm / new_norm.clamp(min=1e-10)))
+
+
+def matrix_norm(x: torch.Tensor) -> torch.Tensor:
+    """Frobenius norm of each matrix of (n, rows, columns), (n, 1, 1)."""
+    return x.norm(dim=(-2, -1), keepdim=True)
+
+
+def _tensors(*numbers: float) -> list[torch.Tensor]:
+    """Numbers that change from step to step, as a compiled function takes them without compiling anew."""
+    return [torch.tensor(number, dtype=torch.float32) for number in numbers]
+
+
+@cache
+def _compiled(update):
+    """The update, compiled for each shape it meets; there are more shapes than dynamo expects of one function."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_SHAPES)
+    return torch.compile(update, fullgraph=True, dynamic=False)

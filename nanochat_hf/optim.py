@@ -93,6 +93,7 @@ def build_optimizer(
     dtype: torch.dtype = torch.bfloat16,
     max_grad_norm: float | None = None,
     shares_work: bool = False,
+    compile: bool = False,
 ) -> MuonAdamW:
     """The optimizer of a NanoChatHF model's architecture.
 
@@ -105,6 +106,7 @@ def build_optimizer(
         dtype: dtype in which matrices are orthogonalised.
         max_grad_norm: clip the gradient to this norm; no clipping where None.
         shares_work: average gradients over the processes and share the work out (see `optim_shards.py`).
+        compile: step through torch.compile, which takes seconds for each shape of parameter at the first step.
 
     Returns:
         An optimizer whose groups carry `name`, `kind` and `initial_lr`. Only parameters that need gradients are in it.
@@ -140,7 +142,7 @@ def build_optimizer(
         )
     for group in groups:
         group["initial_lr"], group["initial_weight_decay"] = group["lr"], group["weight_decay"]
-    return MuonAdamW(groups, config.architecture == "2026-07", dtype, max_grad_norm, shares_work)
+    return MuonAdamW(groups, config.architecture == "2026-07", dtype, max_grad_norm, shares_work, compile)
 
 
 def warmdown_lambda(
