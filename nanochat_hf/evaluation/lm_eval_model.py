@@ -51,11 +51,10 @@ class NanoChatHFLM(HFLM):
         max_batch_size: int | None = 256,
         **kwargs,
     ):
+        kwargs = {"backend": "causal"} | kwargs  # lm-eval's guess knows only transformers' own types
         super().__init__(pretrained=pretrained, max_length=max_length, max_batch_size=max_batch_size, **kwargs)
-        if self.backend != "causal":
-            raise ValueError(
-                f"--model nanochat_hf scores causal models, {pretrained} is {self.backend}; use --model hf"
-            )
+        if self.config.is_encoder_decoder:
+            raise ValueError(f"--model nanochat_hf scores causal models, and {pretrained} is none; use --model hf")
         self.max_batch_tokens = max_batch_tokens
         if max_length is None and isinstance(self.config, NanoChatHFConfig):
             self._max_length = UNLIMITED

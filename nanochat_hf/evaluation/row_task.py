@@ -54,7 +54,7 @@ class RowTask(Task):
         except MissingData as error:
             if not self.own.get("in_group"):
                 raise ValueError(f"{config['task']}: {error}") from error
-            logger.warning("%s: %s. It is left out, and the group's score reads nan.", config["task"], error)
+            logger.warning("%s: no %s; it is left out, and the group's score reads nan", config["task"], error.name)
             self.missing = error.name
             config["task_alias"] = f"{config['task']} (no {error.name})"
             rows = [{}]
