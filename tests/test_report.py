@@ -101,7 +101,7 @@ def run_dir(tmp_path):
     write_record(run, "chatcore_mid", chat_results(40), 7)
     write_record(run, "chatcore_sft", chat_results(100), 8)
     write_record(run, "chatcore_rl", chat_results(130), 9)
-    answers = [{"question": "Who are you?", "answer": "I am | a model.", "finished": True}]
+    answers = [{"question": "Who are you?", "answer": "I am | a <script>model</script>.", "finished": True}]
     write_record(run, "samples", {"stage": "rl", "answers": answers}, 10)
     (run / "logs").mkdir()
     lines = [{"step": step, "loss": 9.0 - step, "lr_factor": 1.0} for step in range(4)]
@@ -127,6 +127,14 @@ def test_report_has_every_section_in_nanochats_order(run_dir, capsys):
     assert "| CORE (embedded mini tasks) | 0.2000 | - | - | - | - | - | - |" in report
     printed = capsys.readouterr().out
     assert "Who are you?" in printed and "Total" not in printed
+
+
+def test_the_page_stands_alone_and_runs_nothing_of_the_models(run_dir):
+    build_report(ReportConfig(run_dir=str(run_dir)))
+    page = (run_dir / "report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == 3 and "plots/" not in page
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert "<td>0.1957</td>" in page
 
 
 def test_metrics_have_the_promised_keys(run_dir):

@@ -1,4 +1,4 @@
-"""The report of a run: `report.md`, `metrics.json` and `plots/*.png` in the run's folder.
+"""The report of a run: `report.md`, `report.html`, `metrics.json` and `plots/*.png` in the run's folder.
 
 Everything is read from the stage records (`eval/*.json`) and curves (`logs/*.jsonl`), so a report can be built again
 at any time; what a run has not done stands there as "-" or as a line that says so. Sections, their order and their
@@ -16,6 +16,7 @@ from . import sections
 from .environment import read_environment
 from .formatting import bullets, duration
 from .metrics import build_metrics
+from .page import report_page
 from .plots import draw_plots
 from .run_records import RunRecords
 from .samples import answer_samples
@@ -23,7 +24,7 @@ from .summary import cost_table, sessions_table, summary_table
 
 
 def build_report(config: ReportConfig) -> None:
-    """Answer the sample questions, then write `report.md`, `metrics.json` and the plots.
+    """Answer the sample questions, then write `report.md`, its page, `metrics.json` and the plots.
 
     Raises:
         ValueError: no run folder, no finished stage in it, or a damaged record.
@@ -37,6 +38,7 @@ def build_report(config: ReportConfig) -> None:
     metrics = build_metrics(records, records.total_seconds(now))
     text = render(records, metrics, environment, plots, config.hourly_rate, now)
     (records.run_dir / "report.md").write_text(text, encoding="utf-8")
+    (records.run_dir / "report.html").write_text(report_page(text, records.run_dir), encoding="utf-8")
     write_json(records.run_dir / "metrics.json", without_nan(metrics))
     print(summary_table(records, metrics))
     for answer in records.results("samples").get("answers", []):
