@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .hardware import supports_bf16
 from .muon import MuonAdamW
 from .scaling import MATRIX_WEIGHT_DECAY
 
@@ -90,7 +91,7 @@ def build_optimizer(
     lr_fraction: float = 1.0,
     weight_decay: float | None = None,
     learning_rates: dict[str, float] | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     max_grad_norm: float | None = None,
     shares_work: bool = False,
     compile: bool = False,
@@ -103,7 +104,7 @@ def build_optimizer(
         lr_fraction: factor of every learning rate, for stages after pretraining.
         weight_decay: Muon's decay; the architecture's nominal value by default.
         learning_rates: nominal learning rates by group (`matrix`, `embedding`, ...) instead of the architecture's.
-        dtype: dtype in which matrices are orthogonalised.
+        dtype: dtype in which matrices are orthogonalised; bf16 where the model's device is fast in it, else fp32.
         max_grad_norm: clip the gradient to this norm; no clipping where None.
         shares_work: average gradients over the processes and share the work out (see `optim_shards.py`).
         compile: step through torch.compile, which takes seconds for each shape of parameter at the first step.
@@ -115,6 +116,8 @@ def build_optimizer(
         ValueError: a group name in `learning_rates` that this model has not.
     """
     config = model.config
+    if dtype is None:
+        dtype = torch.bfloat16 if supports_bf16(next(model.parameters()).device) else torch.float32
     settings, learning_rates = ADAMW_GROUPS[config.architecture], dict(learning_rates or {})
     members = defaultdict(list)
     for name, parameter in model.named_parameters():

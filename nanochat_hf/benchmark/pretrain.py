@@ -131,7 +131,7 @@ def run(config: PretrainBenchmarkConfig) -> tuple[dict, str]:
     rows = torch.randint(config.vocab_size, (num_steps, config.device_batch_size, config.sequence_length + 1))
     batches = [{"input_ids": row[:, :-1].to(device), "shift_labels": row[:, 1:].to(device)} for row in rows]
 
-    def parts(dtype: torch.dtype = torch.bfloat16) -> tuple[torch.nn.Module, MuonAdamW, Schedule]:
+    def parts(dtype: torch.dtype | None = None) -> tuple[torch.nn.Module, MuonAdamW, Schedule]:
         torch.manual_seed(0)
         model = NanoChatHFForCausalLM(
             NanoChatHFConfig(
