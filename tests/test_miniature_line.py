@@ -39,8 +39,9 @@ def run_dir(tmp_path_factory):
         return parse_recipe(*types, argv=["--config", str(TINY / f"{stem}.yaml"), "--run_dir", str(folder), *arguments])
 
     train_tokenizer(parsed("tokenizer", TokenizerConfig, vocab_size=512, max_chars=500_000)[0])
-    small = {"depth": 1, "sequence_length": 128, "total_batch_tokens": 1024, "eval_tokens": 1024, "num_steps": 4}
-    pretrain(*parsed("pretrain", PretrainConfig, **small, eval_every_steps=2, save_every_steps=2))
+    small = {"depth": 1, "sequence_length": 128, "device_batch_size": 8, "total_batch_tokens": 1024}
+    steps = {"num_steps": 4, "eval_tokens": 1024, "eval_every_steps": 2, "save_every_steps": 2}
+    pretrain(*parsed("pretrain", PretrainConfig, **small, **steps))
     for stem in ("midtrain", "sft"):
         config, arguments, settings = parsed(
             stem, SFTStageConfig, SFTConfig, max_steps=2, max_length=128, validation_rows=4, logging_steps=1
