@@ -1,11 +1,19 @@
 """Every dataclass this project owns: one field, one setting, with its unit and meaning.
 
 Defaults live here and nowhere else; what follows from `depth` is derived in `scaling.py`; choices are made in the
-YAML files under `recipes/`. A field set to None means "derive it".
+YAML files under `recipes/`. A field set to None means "derive it". The stages on TRL: `configs_post_training.py`.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
+
+SAMPLE_QUESTIONS = (
+    "Who are you?",
+    "What does shutil.copyfile do?",
+    'How many times does the letter "r" occur in "strawberry"?',
+    "Maria has 14 apples. She buys 3 bags with 6 apples each. How many apples does she have now?",
+    "What is the capital of France?",
+)
 
 
 @dataclass
@@ -74,6 +82,9 @@ class PretrainConfig(CorpusConfig):
     compile: bool | None = field(
         default=None, metadata={"help": "torch.compile the model; by default on a GPU, and on a CPU for long runs"}
     )
+    keep_optimizer_state: bool = field(
+        default=False, metadata={"help": "write the optimizer's state beside the model, for an SFT that carries it on"}
+    )
     tracker: str | None = field(default=None, metadata={"help": "trackio or wandb, through Accelerate; off by default"})
     seed: int = field(default=42, metadata={"help": "of the initialisation"})
     vocab_size: int | None = field(
@@ -81,67 +92,6 @@ class PretrainConfig(CorpusConfig):
         metadata={"help": "size the tokenizer must have; --plan needs it where the tokenizer is not trained yet"},
     )
     plan: bool = field(default=False, metadata={"help": "print what the run will take, and train nothing"})
-
-
-@dataclass
-class PostTrainingConfig:
-    """What midtraining, SFT and RL share, beside TRL's own settings in the same recipe."""
-
-    run_dir: str = field(default="runs/tiny", metadata={"help": "folder of the whole run; stages are its sub-folders"})
-    stage: str = field(default="sft", metadata={"help": "name of this stage and of the folder it writes: mid, sft, rl"})
-    start_from: str = field(
-        default="base", metadata={"help": "starting model: a stage of this run, a model folder or a Hub id"}
-    )
-    mixture: list[dict] = field(
-        default_factory=list,
-        metadata={"help": "sources of conversations, each {source, rows, epochs, dataset, name, split}"},
-    )
-    on_bad_row: Literal["error", "skip"] = field(
-        default="error", metadata={"help": "what a row that cannot be used does: stop the run, or be left out, counted"}
-    )
-    lr_fraction: float = field(
-        default=1.0, metadata={"help": "factor on every nominal learning rate of the architecture"}
-    )
-    learning_rates: dict[str, float] | None = field(
-        default=None,
-        metadata={
-            "help": "nominal learning rate by parameter group (matrix, embedding, ...) where the preset's is not"
-        },
-    )
-    warmdown_fraction: float = field(
-        default=1.0, metadata={"help": "share of the steps, at the end, over which the rates fall linearly"}
-    )
-    final_lr_fraction: float = field(default=0.0, metadata={"help": "what is left of the rates at the last step"})
-
-
-@dataclass
-class SFTStageConfig(PostTrainingConfig):
-    """Midtraining and SFT."""
-
-    chat_data: str | None = field(
-        default=None, metadata={"help": "folder of .jsonl files with `messages`, one more source of the mixture"}
-    )
-    eval_data: str | None = field(
-        default=None, metadata={"help": "folder with gsm8k_train.jsonl and arc_*_train.jsonl, three more sources"}
-    )
-    data_rows: int = field(default=1000, metadata={"help": "rows kept of each source that the two folders add"})
-    validation_rows: int = field(default=200, metadata={"help": "most held-out conversations that validation scores"})
-    eval_every_steps: int = field(
-        default=0, metadata={"help": "steps between validations; 0 = only before the first step and after the last"}
-    )
-    overlong: Literal["truncate", "drop"] = field(
-        default="truncate", metadata={"help": "what happens to a conversation longer than max_length tokens"}
-    )
-
-
-@dataclass
-class GRPOStageConfig(PostTrainingConfig):
-    """RL on problems with a checkable answer."""
-
-    rewards: list[str] = field(
-        default_factory=lambda: ["nanochat_hf.rewards.exact_answer"],
-        metadata={"help": "import paths of reward functions; TRL's reward_weights weighs several"},
-    )
 
 
 @dataclass
@@ -185,13 +135,7 @@ class ReportConfig:
 
     run_dir: str = field(default="runs/tiny", metadata={"help": "the run's folder"})
     questions: list[str] = field(
-        default_factory=lambda: [
-            "Who are you?",
-            "What does shutil.copyfile do?",
-            'How many times does the letter "r" occur in "strawberry"?',
-            "Maria has 14 apples. She buys 3 bags with 6 apples each. How many apples does she have now?",
-            "What is the capital of France?",
-        ],
+        default_factory=lambda: list(SAMPLE_QUESTIONS),
         metadata={"help": "sample questions the last chat model answers in the report"},
     )
     hourly_rate: float | None = field(
@@ -258,4 +202,22 @@ class PretrainBenchmarkConfig:
     rounds: int = field(default=3, metadata={"help": "turns of each side; the median counts"})
     plain: bool = field(default=True, metadata={"help": "measure the plain eager fp32 loop, too"})
     compile: bool = field(default=True, metadata={"help": "measure the compiled step, too"})
+    output: str | None = field(default=None, metadata={"help": "JSON file to write"})
+
+
+@dataclass
+class GRPOBenchmarkConfig:
+    """`benchmark.py grpo`: a model, and the shape of a rollout."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "model folder; by default an untrained one of the shape below"}
+    )
+    depth: int = field(default=4, metadata={"help": "number of layers of the untrained model"})
+    architecture: Literal["2026-07", "2025-10"] = field(default="2026-07", metadata={"help": "nanochat generation"})
+    head_dim: int = field(default=64, metadata={"help": "width of an attention head"})
+    vocab_size: int = field(default=4096, metadata={"help": "of the untrained model and its tokenizer"})
+    num_prompts: int = field(default=16, metadata={"help": "questions of a rollout"})
+    num_generations: int = field(default=16, metadata={"help": "answers to each question"})
+    max_completion_length: int = field(default=64, metadata={"help": "most tokens of an answer"})
+    rounds: int = field(default=3, metadata={"help": "turns of each side; the median counts"})
     output: str | None = field(default=None, metadata={"help": "JSON file to write"})

@@ -26,6 +26,7 @@ from .evaluation.bpb import evaluate_bpb
 from .evaluation.samples import sample_prompts
 from .hardware import Throughput
 from .optim import MAX_GRAD_NORM, Schedule, build_optimizer
+from .optim_state import save_optimizer_state
 from .pretrain_checkpoint import Checkpoints, rewind_log
 from .pretrain_estimate import describe_plan
 from .pretrain_plan import accumulation_steps, model_config, planned_vocab_size, scaling_plan
@@ -254,6 +255,10 @@ class Pretraining:
         if self.accelerator.is_main_process:
             with atomic_folder(run_dir / "base") as folder:
                 save_model(self.model, self.tokenizer, folder)
+        if self.config.keep_optimizer_state:
+            self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
+            rank = self.accelerator.process_index
+            save_optimizer_state(self.optimizer, self.model, self.checkpoints.folder, rank)
         train_bpb = self.score(self.validation_batches("train"))
         losses = Stage(run_dir, "base_loss", {})
         with losses:

@@ -9,6 +9,7 @@ check: an unknown key names its nearest valid neighbour, a wrong type names what
 
 import dataclasses
 import difflib
+import importlib
 import sys
 import types
 import typing
@@ -100,6 +101,25 @@ def nearest(name: str, choices: typing.Iterable[str]) -> str:
     """The choice spelled most like `name`, for error messages."""
     choices = sorted(choices)
     return (difflib.get_close_matches(name, choices, n=1, cutoff=0.0) or [""])[0]
+
+
+def load_function(path: str, what: str) -> Callable:
+    """The function at an import path such as `nanochat_hf.rewards.exact_answer`; `what` it is, for messages.
+
+    Raises:
+        ValueError: no such module or function.
+    """
+    module_name, _, name = path.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{what} {path!r}: cannot import {module_name!r} ({error})") from error
+    if not callable(getattr(module, name, None)):
+        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ValueError(
+            f"{what} {path!r}: {module_name} has no function {name!r}; did you mean {nearest(name, functions)}?"
+        )
+    return getattr(module, name)
 
 
 def _check_key(key: str, fields: dict, source: str, prefix: str = "") -> None:

@@ -25,10 +25,14 @@ def exact_answer(completions: Sequence[Completion], answer: Sequence[str], **col
     """1 where the first `#### number` is the answer's, else 0: nanochat's only reward.
 
     Args:
-        answer: per completion the expected number, or a whole GSM8K solution that ends in one.
+        answer: per completion the expected number, or a whole GSM8K solution that ends in one; None for a row that has
+            no number to state (in a mixed recipe), which gives 0.
     """
     pairs = zip(completions, answer, strict=True)
-    return [float(is_correct(completion_text(completion), expected)) for completion, expected in pairs]
+    return [
+        float(expected is not None and is_correct(completion_text(completion), expected))
+        for completion, expected in pairs
+    ]
 
 
 def answer_format(completions: Sequence[Completion], **columns) -> list[float]:

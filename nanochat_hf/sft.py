@@ -1,56 +1,48 @@
-"""Midtraining and supervised fine-tuning: one stage on TRL's SFTTrainer, two recipes.
+"""Midtraining and supervised fine-tuning: one stage on TRL's SFTTrainer, recipes of both nanochat generations.
 
-Conversations are encoded here, segment by segment, so that ids and masks are exact; TRL packs, batches and trains.
-Midtraining wraps them into one stream and learns every token; SFT packs whole conversations that do not see each
-other (`packing_strategy: bfd`) and learns the assistant's tokens only (`assistant_only_loss`).
+Conversations are encoded here, segment by segment, so that ids and masks are exact; TRL batches and trains.
+
+- midtraining (2025-10): `packing_strategy: wrapped`, one stream, every token a target
+- SFT (2025-10): `packing: false`, one conversation a row, padded; or `packing_strategy: bfd`, whole conversations that
+  do not see each other. `assistant_only_loss`: the assistant's tokens are the targets
+- the one stage of 2026-07: `best_fit_packing` and `keep_optimizer_state`
 
     accelerate launch --config_file accelerate_configs/cpu.yaml scripts/sft.py --config recipes/tiny/sft.yaml
 """
 
-import shutil
+from functools import partial
 from pathlib import Path
 
 import datasets
 import torch
 from trl import SFTConfig, SFTTrainer
 
-from .checkpoint import atomic_folder, save_model
-from .configs import SFTStageConfig
+from .chat_templates import encode_with_template, set_chat_template
+from .configs_post_training import SFTStageConfig
 from .data.conversation_rows import describe_counts, encode_mixture, pack_rows, padded_batches
 from .data.conversations import build_mixture
 from .evaluation.bpb import evaluate_bpb
+from .evaluation.samples import answer_questions
+from .optim_state import load_optimizer_state
 from .stage import Stage
-from .tokenizer import token_byte_lengths
-from .trl_stage import (
-    ValidationCallback,
-    load_start,
-    prepare_arguments,
-    read_curve,
-    stage_optimizer,
-    stage_schedule,
-    train_stage,
-)
+from .tokenizer import encode_conversation, token_byte_lengths
+from .trl_callbacks import ScoreCallback, read_curve
+from .trl_stage import StageOptimizer, load_start, lora_config, prepare_arguments, save_stage, train_stage
 
 
-class StageSFTTrainer(SFTTrainer):
+class StageSFTTrainer(StageOptimizer, SFTTrainer):
     """SFTTrainer with our optimizer, our schedule and the model's own loss.
 
     TRL's fused head projects masked positions too and computes the head's gradients in fp32 on a CPU, for an entropy
     nobody reads here: it halves the speed of a tiny model.
     """
 
-    def __init__(self, config: SFTStageConfig, **kwargs):
-        self.stage_config = config
-        super().__init__(**kwargs)
-
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        self.optimizer = stage_optimizer(model or self.model, self.stage_config)
-        return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer=None) -> torch.optim.lr_scheduler.LRScheduler:
-        warmup_steps = self.args.get_warmup_steps(num_training_steps)
-        self.lr_scheduler = stage_schedule(self.optimizer, num_training_steps, warmup_steps, self.stage_config)
-        return self.lr_scheduler
+        optimizer = super().create_optimizer(model)
+        if self.stage_config.keep_optimizer_state:
+            folder = Path(self.stage_config.run_dir) / "checkpoints" / self.stage_config.start_from
+            load_optimizer_state(optimizer, self.model, folder)
+        return optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs, use_cache=False, skip_logits=True, num_items_in_batch=num_items_in_batch)
@@ -75,19 +67,21 @@ def run_sft(config: SFTStageConfig, training_args: SFTConfig, settings: dict) ->
     if stage.finished:
         print(f"{config.stage}: finished before, nothing to do")
         return
-    checkpoints = Path(config.run_dir) / "checkpoints" / config.stage
-    prepare_arguments(training_args, settings, checkpoints)
+    check_settings(config, training_args)
+    prepare_arguments(config, training_args, settings, Path(config.run_dir) / "checkpoints" / config.stage)
     # The rows below carry labels already; TRL's flag would ask for raw conversations.
     assistant_only, training_args.assistant_only_loss = training_args.assistant_only_loss, False
     training_args.dataset_kwargs = {"skip_prepare_dataset": True}
     training_args.include_num_input_tokens_seen = "non_padding"
+    strategy = training_args.packing_strategy if training_args.packing else None
+    packing = (training_args.max_length, "best_fit" if config.best_fit_packing else strategy, assistant_only)
 
     with stage:
         model, tokenizer = load_start(config.run_dir, config.start_from)
+        if config.chat_template:
+            set_chat_template(tokenizer, config.chat_template)
         train, train_counts = load_conversations(config, training_args, tokenizer, "train")
         validation, validation_counts = load_conversations(config, training_args, tokenizer, "test")
-        strategy = training_args.packing_strategy if training_args.packing else None
-        packing = (training_args.max_length, strategy, assistant_only)
         rows = pack_rows(train, *packing)
         trainer = StageSFTTrainer(
             config,
@@ -96,15 +90,16 @@ def run_sft(config: SFTStageConfig, training_args: SFTConfig, settings: dict) ->
             train_dataset=rows,
             eval_dataset=pack_rows(validation, *packing),
             processing_class=tokenizer,
+            peft_config=lora_config(config),
         )
-        validation_curve = ValidationCallback(
-            stage, lambda: bits_per_byte(trainer, validation, tokenizer, assistant_only), config.eval_every_steps
-        )
-        figures = train_stage(trainer, stage, "loss", validation_curve)
-        if trainer.is_world_process_zero():
-            with atomic_folder(Path(config.run_dir) / config.stage) as partial:
-                save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, partial)
-            shutil.rmtree(checkpoints, ignore_errors=True)
+        validate = partial(score, trainer, validation, tokenizer, assistant_only)
+        validation_curve = ScoreCallback(stage, validate, "val_bpb", config.eval_every_steps)
+        callbacks = [validation_curve]
+        if config.chatcore_every_steps:
+            chatcore = partial(sample_chat_score, trainer, tokenizer)
+            callbacks.append(ScoreCallback(stage, chatcore, "chatcore", config.chatcore_every_steps, at_start=False))
+        figures = train_stage(trainer, stage, "loss", *callbacks)
+        save_stage(trainer, tokenizer, config.run_dir, config.stage)
         curve = read_curve(stage)
         stage.results |= {
             "train_mixture": train_counts,
@@ -114,10 +109,25 @@ def run_sft(config: SFTStageConfig, training_args: SFTConfig, settings: dict) ->
             **figures,
             "train_loss": [line["loss"] for line in curve if "loss" in line][-1],
             "val_loss": trainer.evaluate()["eval_loss"],
-            **validation_curve.last,
+            **{key: value for callback in callbacks for key, value in callback.last.items() if key != "chats"},
             "min_val_bpb": min(line["val_bpb"] for line in curve if "val_bpb" in line),
-            "before": validation_curve.first,
+            "before": {key: value for key, value in validation_curve.first.items() if key != "chats"},
         }
+
+
+def check_settings(config: SFTStageConfig, training_args: SFTConfig) -> None:
+    """Refuse combinations of settings in which one would have no effect, before anything is loaded.
+
+    Raises:
+        ValueError: which, and what to change.
+    """
+    if config.best_fit_packing and training_args.packing:
+        raise ValueError("best_fit_packing packs by itself, without TRL's: set `packing: false` beside it")
+    if config.keep_optimizer_state and (config.start_from != "base" or config.optimizer != "muon" or config.peft):
+        raise ValueError(
+            "keep_optimizer_state goes on with pretraining's own optimizer on all weights: it needs `start_from: base` "
+            "and `optimizer: muon`, without `peft`"
+        )
 
 
 def load_conversations(
@@ -128,7 +138,8 @@ def load_conversations(
     mixture = build_mixture(mixture_sources(config), split, training_args.seed, config.on_bad_row, skipped)
     if split == "test":
         mixture = mixture.select(range(min(len(mixture), config.validation_rows)))
-    encoded, counts = encode_mixture(mixture, tokenizer, training_args.max_length, config.overlong)
+    encode = encode_with_template if config.chat_template else encode_conversation
+    encoded, counts = encode_mixture(mixture, tokenizer, training_args.max_length, config.overlong, encode)
     counts["skipped_bad"] = sum(count["skipped"] for count in skipped.values())
     print(describe_counts(f"{config.stage}, {split}", counts))
     return encoded, counts
@@ -146,18 +157,34 @@ def mixture_sources(config: SFTStageConfig) -> list[dict]:
     return sources
 
 
-def bits_per_byte(trainer: SFTTrainer, encoded: datasets.Dataset, tokenizer, assistant_only: bool) -> dict:
-    """Bits per byte of conversations, each alone in its row.
+def score(trainer: StageSFTTrainer, encoded: datasets.Dataset, tokenizer, assistant_only: bool) -> dict:
+    """Bits per byte of held-out conversations, each alone in its row; after the first step example chats as well.
 
     `val_bpb` is over this stage's targets; `val_bpb_assistant` and `val_bpb_all` compare between stages.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     byte_lengths = token_byte_lengths(tokenizer).to(model.device)
     model.eval()
-    figures = {}
+    figures: dict = {}
     with trainer.accelerator.autocast():
         for name in ("assistant", "all"):
             batches = padded_batches(encoded, tokenizer.pad_token_id, name == "assistant", model.device)
             figures[f"val_bpb_{name}"] = evaluate_bpb(model, batches, byte_lengths)
+        questions = trainer.stage_config.sample_questions
+        if trainer.state.global_step and questions and trainer.is_world_process_zero():
+            figures["chats"] = answer_questions(model, tokenizer, questions)
     model.train()
     return {"val_bpb": figures["val_bpb_assistant" if assistant_only else "val_bpb_all"], **figures}
+
+
+def sample_chat_score(trainer: StageSFTTrainer, tokenizer) -> dict:
+    """ChatCORE on a sample."""
+    from .evaluation.chat_sample import sample_chatcore  # lm-eval takes seconds to import
+
+    config = trainer.stage_config
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = getattr(model, "get_base_model", lambda: model)()  # an adapter works inside it
+    path = Path(config.run_dir) / config.start_from
+    return sample_chatcore(
+        model, tokenizer, path if path.is_dir() else config.start_from, config.eval_data, config.chatcore_rows
+    )

@@ -17,7 +17,7 @@ import resource
 import time
 from pathlib import Path
 
-STAGES = ("tokenizer", "base", "mid", "sft", "rl")  # each a folder of the run that from_pretrained opens
+STAGES = ("tokenizer", "base", "mid", "sft", "rl", "dpo")  # each a folder of the run that from_pretrained opens
 
 
 class Stage:

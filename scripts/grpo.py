@@ -2,7 +2,7 @@
 
 from trl import GRPOConfig
 
-from nanochat_hf.configs import GRPOStageConfig
+from nanochat_hf.configs_post_training import GRPOStageConfig
 from nanochat_hf.recipe import parse_recipe, run_command
 
 

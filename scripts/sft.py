@@ -2,7 +2,7 @@
 
 from trl import SFTConfig
 
-from nanochat_hf.configs import SFTStageConfig
+from nanochat_hf.configs_post_training import SFTStageConfig
 from nanochat_hf.recipe import parse_recipe, run_command
 
 

@@ -319,3 +319,19 @@ def test_more_rows_than_there_are_and_files_that_are_none(tmp_path):
         build_mixture([{"source": "messages", "dataset": str(tmp_path / "a.csv")}])
     with pytest.raises(ValueError, match="on_bad_row is error or skip"):
         build_mixture([{"source": "messages", "dataset": path}], on_bad_row="ignore")
+
+
+def own_rows(split, num_rows):
+    return [conversation(f"{split} {i}") for i in range(num_rows)]
+
+
+def test_a_function_of_ones_own_is_a_source():
+    source = {"source": "test_conversations.own_rows", "rows": 20}
+    assert sorted(texts(build_mixture([source])), key=lambda text: int(text.split()[1])) == [
+        f"train {i}" for i in range(20)
+    ]
+    assert texts(build_mixture([source], "test")) == ["test 0"]
+    with pytest.raises(ValueError, match="entry 0: source 'test_conversations.own_row': .* did you mean own_rows"):
+        build_mixture([{**source, "source": "test_conversations.own_row"}])
+    with pytest.raises(ValueError, match="unknown key 'seed'"):
+        build_mixture([{**source, "seed": 1}])

@@ -1,6 +1,7 @@
 """RL: advantages, loss and gradient against arithmetic by hand, masks of rollouts, rewards by path, the whole stage."""
 
 import json
+from collections import defaultdict
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -13,9 +14,10 @@ from trl import GRPOConfig
 
 from nanochat_hf import grpo
 from nanochat_hf.checkpoint import save_model
-from nanochat_hf.configs import GRPOStageConfig
+from nanochat_hf.configs_post_training import GRPOStageConfig
 from nanochat_hf.data.conversations import build_mixture
-from nanochat_hf.grpo import StageGRPOTrainer, build_problems, load_reward, rollout, run_grpo
+from nanochat_hf.grpo import StageGRPOTrainer, build_problems, rollout, run_grpo
+from nanochat_hf.recipe import load_function
 from nanochat_hf.tokenizer import encode_prompt, encode_text, special_ids
 
 QUESTIONS = [
@@ -81,7 +83,7 @@ def test_advantages_loss_and_gradient_are_nanochats(run_dir, tiny_model, tiny_to
         stage_config(run_dir),
         model=tiny_model,
         args=arguments(output_dir=str(run_dir / "out")),
-        reward_funcs=[grpo.checked(load_reward("nanochat_hf.rewards.exact_answer"), tiny_tokenizer.decode)],
+        reward_funcs=[grpo.checked(load_function("nanochat_hf.rewards.exact_answer", "reward"), tiny_tokenizer.decode)],
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tiny_tokenizer,
         rollout_func=fixed_rollout,
@@ -122,6 +124,7 @@ def rollout_of(model, tokenizer, prompts, step=0, **changes):
         accelerator=SimpleNamespace(autocast=nullcontext, unwrap_model=lambda model: model),
         model=model,
         state=SimpleNamespace(global_step=step),
+        _metrics={"train": defaultdict(list)},
         eos_token_ids=[special_ids(tokenizer)[name] for name in ("<|assistant_end|>", "<|bos|>")],
     )
     return rollout(prompts, trainer)
@@ -190,7 +193,7 @@ def test_a_problem_without_an_answer_is_named():
 )
 def test_a_reward_that_is_not_there(path, message):
     with pytest.raises(ValueError, match=message):
-        load_reward(path)
+        load_function(path, "reward")
 
 
 def broken_reward(completions, **columns):
@@ -206,3 +209,39 @@ def test_a_reward_that_is_no_number_stops_the_stage(run_dir):
 def test_a_missing_start_is_named(run_dir):
     with pytest.raises(ValueError, match="run the mid stage first"):
         run_grpo(stage_config(run_dir, start_from="mid"), arguments(), {})
+
+
+def test_rollouts_are_sampled_as_the_recipe_says(tiny_model, tiny_tokenizer):
+    """Temperature 1 over the whole vocabulary's log-probabilities, drawn from the 50 likeliest tokens."""
+    output = rollout_of(tiny_model, tiny_tokenizer, QUESTIONS[:1] * 8, max_completion_length=6)
+    for prompt, ids, logprobs in zip(
+        *(output[key] for key in ("prompt_ids", "completion_ids", "logprobs")), strict=True
+    ):
+        with torch.no_grad():
+            scores = tiny_model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        chosen = torch.tensor(ids)[:, None]
+        torch.testing.assert_close(
+            torch.tensor(logprobs), scores.log_softmax(-1).gather(1, chosen)[:, 0].float(), rtol=1e-3, atol=1e-4
+        )
+        assert (scores > scores.gather(1, chosen)).sum(1).max() < 50
+    greedy = rollout_of(tiny_model, tiny_tokenizer, QUESTIONS[:1] * 2, max_completion_length=6, top_k=1)
+    assert greedy["completion_ids"][0] == greedy["completion_ids"][1]
+
+
+def test_a_turn_ends_where_a_chat_would_end_it(tiny_tokenizer):
+    """At <|assistant_end|>, or at a <|bos|> that starts another document; neither is trained."""
+    special = special_ids(tiny_tokenizer)
+    text = encode_text(tiny_tokenizer, "So it is.")
+    for end in ("<|assistant_end|>", "<|bos|>"):
+        model = scripted(tiny_tokenizer, lambda prompt, end=end: [*text, special[end], *text])
+        output = rollout_of(model, tiny_tokenizer, QUESTIONS[:1], max_completion_length=40)
+        assert output["completion_ids"] == [[*text, special[end]]]
+        assert output["env_mask"] == [[1] * len(text) + [0]]
+
+
+def test_an_adapter_learns_by_reward_too(run_dir):
+    peft = {"r": 4, "target_modules": ["q_proj", "fc1"]}
+    run_grpo(stage_config(run_dir, peft=peft, optimizer="adamw"), arguments(max_steps=1, learning_rate=1e-2), {})
+    before, after = (AutoModelForCausalLM.from_pretrained(run_dir / name).state_dict() for name in ("sft", "rl"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.split(".")[-2] in ("q_proj", "fc1") for name in changed)

@@ -11,12 +11,12 @@ PACKAGE = ROOT / "nanochat_hf"
 
 # Floor by floor from the ground up: a file imports from lower floors, or from its own; a new file needs a place here.
 FLOORS = [
-    "configs scaling recipe stage hardware",
-    "model chat_format tokenizer tokenizer_texts interop_tokenizer",
-    "calculator sampling kv_cache rewards optim_shards muon optim training_step data generation checkpoint evaluation "
-    "tokenizer_evaluation",
-    "trl_stage",
-    "tokenizer_training pretrain sft grpo chat report hub interop benchmark",
+    "configs configs_post_training scaling recipe stage hardware",
+    "model chat_format chat_templates tokenizer tokenizer_texts interop_tokenizer",
+    "calculator sampling kv_cache rewards optim_shards optim_state muon optim training_step data generation checkpoint "
+    "evaluation tokenizer_evaluation",
+    "code_reward trl_callbacks trl_stage rollouts",
+    "tokenizer_training pretrain sft dpo grpo chat report hub interop benchmark",
 ]
 TOP = len(FLOORS) - 1
 # Files that share a room of the top floor with the file that the room is named after.

@@ -9,12 +9,11 @@ from trl import GRPOConfig, SFTConfig
 
 from nanochat_hf.configs import (
     EvaluationConfig,
-    GRPOStageConfig,
     PretrainConfig,
     ReportConfig,
-    SFTStageConfig,
     TokenizerConfig,
 )
+from nanochat_hf.configs_post_training import GRPOStageConfig, SFTStageConfig
 from nanochat_hf.evaluation import mini_tasks
 from nanochat_hf.evaluation.evaluate import evaluate
 from nanochat_hf.grpo import run_grpo

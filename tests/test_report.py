@@ -291,3 +291,13 @@ def test_figures_as_text():
     assert [duration(v) for v in (56.81, 724, 13080, 59.99)] == ["56.8s", "12m04s", "3h38m", "60.0s"]
     assert table(["a"], [["x | y\nz"]]).splitlines()[-1] == "| x \\| y z |"
     assert quote("a ```` b").startswith("`````text\n")
+
+
+def test_pass_at_k_is_a_table_before_during_and_after():
+    from nanochat_hf.report.sections import pass_table
+
+    curve = [{"step": 0, "pass@1": 0.25, "pass@2": 0.5, "mean/exact_answer": 0.25}, {"step": 1, "reward": 0.3}]
+    (told,) = pass_table([*curve, {"step": 2, "pass@1": 0.5, "pass@2": 0.75}])
+    assert told.splitlines()[0] == "| Step | pass@1 | pass@2 |" and len(told.splitlines()) == 4
+    assert "0.7500" in told.splitlines()[-1]
+    assert pass_table(curve[1:]) == []

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from nanochat_hf.checkpoint import save_model
-from nanochat_hf.configs import SFTStageConfig
+from nanochat_hf.configs_post_training import SFTStageConfig
 from nanochat_hf.data.conversation_rows import encode_mixture, pack_rows, padded_batches
 from nanochat_hf.sft import StageSFTTrainer, mixture_sources, run_sft
 from nanochat_hf.stage import Stage
@@ -37,13 +37,15 @@ def run_dir(tmp_path, tiny_model, tiny_tokenizer):
     return tmp_path
 
 
+ARGUMENTS = dict(
+    max_length=128, packing=True, packing_strategy="bfd", assistant_only_loss=True, max_steps=4, logging_steps=1,
+    per_device_train_batch_size=2, max_grad_norm=0.0, weight_decay=0.0, save_strategy="no", use_cpu=True,
+    bf16=False, activation_checkpointing=False, disable_tqdm=True,
+)  # fmt: skip
+
+
 def arguments(**changes) -> SFTConfig:
-    settings = dict(
-        max_length=128, packing=True, packing_strategy="bfd", assistant_only_loss=True, max_steps=4, logging_steps=1,
-        per_device_train_batch_size=2, max_grad_norm=0.0, weight_decay=0.0, save_strategy="no", use_cpu=True,
-        bf16=False, activation_checkpointing=False, disable_tqdm=True,
-    )  # fmt: skip
-    return SFTConfig(**settings | changes)
+    return SFTConfig(**ARGUMENTS | changes)
 
 
 def stage_config(run_dir, mixture=({"source": "arithmetic", "rows": 60},), **changes) -> SFTStageConfig:

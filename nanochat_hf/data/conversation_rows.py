@@ -4,18 +4,27 @@ The bug most reported of nanochat is NaN in SFT when rows are shorter than conve
 masked. Here a conversation that keeps no target is dropped before packing, so no row can be without one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from trl import pack_dataset
 
 from ..tokenizer import encode_conversation
+from .packing import BestFitBuffer
+
+BUFFER_CONVERSATIONS = 100  # nanochat's, from which the best fit is taken
 
 
 def encode_mixture(
-    mixture: datasets.Dataset, tokenizer, max_tokens: int, overlong: str
+    mixture: datasets.Dataset,
+    tokenizer,
+    max_tokens: int,
+    overlong: str,
+    encode: Callable = encode_conversation,
 ) -> tuple[datasets.Dataset, dict]:
     """Encode conversations exactly and keep those that can be learned from.
 
@@ -23,6 +32,7 @@ def encode_mixture(
         mixture: columns `messages` and `source`.
         max_tokens: longest conversation that fits a row.
         overlong: `truncate` longer ones to `max_tokens`, or `drop` them.
+        encode: (tokenizer, messages) -> (ids, mask).
 
     Returns:
         Columns `input_ids`, `labels` (the assistant's tokens, else -100) and `source`; and the counts: rows and tokens
@@ -32,9 +42,9 @@ def encode_mixture(
         ValueError: a conversation that cannot be encoded (with its number), or none left to learn from.
     """
 
-    def encode(row: dict, index: int) -> dict:
+    def encode_row(row: dict, index: int) -> dict:
         try:
-            ids, mask = encode_conversation(tokenizer, row["messages"])
+            ids, mask = encode(tokenizer, row["messages"])
         except ValueError as error:
             raise ValueError(f"row {index} of the mixture (source {row['source']}): {error}") from error
         labels = [token if trained else -100 for token, trained in zip(ids, mask, strict=True)][:max_tokens]
@@ -45,7 +55,8 @@ def encode_mixture(
             "has_target": any(label != -100 for label in labels[1:]),  # nothing predicts a row's first token
         }
 
-    encoded = mixture.map(encode, with_indices=True, remove_columns=["messages"])
+    columns = mixture.select_columns(["messages", "source"])
+    encoded = columns.map(encode_row, with_indices=True, remove_columns=["messages"])
     is_overlong, has_target = np.array(encoded["overlong"], bool), np.array(encoded["has_target"], bool)
     is_dropped = is_overlong & (overlong == "drop")
     kept = encoded.select(np.flatnonzero(has_target & ~is_dropped)).remove_columns(["overlong", "has_target"])
@@ -87,14 +98,52 @@ def pack_rows(
 
     Args:
         strategy: TRL's `wrapped` (one stream, cut anywhere) or `bfd` (whole conversations that do not see each other,
-            told apart by `seq_lengths`); None = one conversation a row, padded by the collator.
+            told apart by `seq_lengths`); `best_fit`, nanochat's of 2026-07; None = one conversation a row. In the last
+            two the collator pads.
     """
     rows = encoded.select_columns(["input_ids", "labels"] if assistant_only else ["input_ids"])
-    if strategy is not None:
+    if strategy == "best_fit":
+        rows = join_rows(rows, best_fit_groups(map(len, rows["input_ids"]), sequence_length))
+    elif strategy is not None:
         rows = pack_dataset(rows, sequence_length, strategy)
         # The last row of a wrapped stream may be a single token, which predicts nothing.
         rows = rows.select(np.flatnonzero([len(ids) > 1 for ids in rows["input_ids"]]))
     return rows
+
+
+def best_fit_groups(lengths: Iterable[int], row_tokens: int) -> list[list[int]]:
+    """Which conversations share a row: of a buffer always the longest that fits what is left; else the row is done.
+
+    Args:
+        lengths: tokens of each conversation, none above `row_tokens`; they enter the buffer in this order.
+    """
+    waiting, buffer = enumerate(lengths), BestFitBuffer(row_tokens)
+    groups: list[list[int]] = []
+    room = 0
+    while True:
+        for index, length in islice(waiting, BUFFER_CONVERSATIONS - len(buffer)):
+            buffer.add(np.array([index]), length)
+        if not len(buffer):
+            return groups
+        if buffer.shortest > room:
+            groups.append([])
+            room = row_tokens
+        index, length = buffer.take(room)
+        groups[-1].append(int(index[0]))
+        room -= length
+
+
+def join_rows(rows: datasets.Dataset, groups: list[list[int]]) -> datasets.Dataset:
+    """A data set of lists whose row i is the rows of group i, one after the other."""
+    table = rows.select([index for group in groups for index in group]).with_format("arrow")[:]
+    ends = np.cumsum([len(group) for group in groups])
+    columns = {}
+    for name in rows.column_names:
+        lists = table[name].combine_chunks()
+        offsets = np.asarray(lists.offsets) - lists.offsets[0].as_py()
+        starts = pa.array(np.concatenate([[0], offsets[ends]]), lists.offsets.type)
+        columns[name] = type(lists).from_arrays(starts, lists.flatten())
+    return datasets.Dataset(pa.table(columns))
 
 
 def padded_batches(

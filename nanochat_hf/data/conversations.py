@@ -23,7 +23,7 @@ from typing import NamedTuple
 import datasets
 import numpy as np
 
-from ..recipe import nearest
+from ..recipe import load_function, nearest
 from .arithmetic import arithmetic_problems
 from .embedded_chat import docstring_conversations, letter_counting_problems, multiple_choice_questions
 from .identity import identity_conversations
@@ -31,6 +31,7 @@ from .messages import (
     check_messages,
     messages_from_arc,
     messages_from_gsm8k,
+    messages_from_humaneval,
     messages_from_messages,
     messages_from_mmlu,
     render_multiple_choice,
@@ -42,7 +43,12 @@ __all__ = ["SOURCES", "build_mixture", "render_multiple_choice"]
 HELD_OUT = 20  # where a data set has no test split, every 20th row is held out; and a test cut is a 20th of `rows`
 _FEATURES = datasets.Features(
     # Contents may be text or lists of parts, which Arrow's own types cannot mix.
-    {"messages": datasets.Json(), "source": datasets.Value("string"), "problem": datasets.Value("string")}
+    {
+        "messages": datasets.Json(),
+        "source": datasets.Value("string"),
+        "columns": datasets.Json(),
+        "problem": datasets.Value("string"),
+    }
 )
 log = logging.getLogger(__name__)
 
@@ -56,6 +62,7 @@ class Source(NamedTuple):
     hub_id: str | None = None
     hub_name: str | None = None
     hub_test: tuple[str | None, str] | None = None  # configuration (None: the same) and split with held-out rows
+    columns: tuple[str, ...] = ()  # of the row, kept for rewards
 
 
 SOURCES = {
@@ -64,6 +71,7 @@ SOURCES = {
     "mmlu": Source(messages_from_mmlu, hub_id="cais/mmlu", hub_name="auxiliary_train", hub_test=("all", "validation")),
     "arc": Source(messages_from_arc, hub_id="allenai/ai2_arc", hub_name="ARC-Easy", hub_test=(None, "validation")),
     "gsm8k": Source(messages_from_gsm8k, hub_id="openai/gsm8k", hub_name="main", hub_test=(None, "test")),
+    "code": Source(messages_from_humaneval, columns=("test", "entry_point")),
     "arithmetic": Source(messages_from_gsm8k, arithmetic_problems, ("seed", "two_steps", "distractors")),
     "letter_counting": Source(messages_from_gsm8k, letter_counting_problems, ("seed",)),
     "multiple_choice": Source(messages_from_mmlu, multiple_choice_questions, ("seed",)),
@@ -83,17 +91,17 @@ def build_mixture(
     """Load, convert, check, mix and shuffle.
 
     Args:
-        sources: dicts as in a recipe: `source` (a key of `SOURCES`); `rows` to keep (default all); `epochs`, how often
-            the source is listed (default 1; test lists it once); for data sets `dataset` (path or Hub id), `name` and
-            `split` on the Hub; for embedded sources their `seed` and options.
+        sources: dicts as in a recipe: `source` (a key of `SOURCES`, or an import path, see `source_of`); `rows` to
+            keep (default all); `epochs`, how often the source is listed (default 1; test lists it once); for data sets
+            `dataset` (path or Hub id), `name` and `split` on the Hub; for embedded sources their `seed` and options.
         split: "train", or "test" for held-out rows of the same sources (a 20th of `rows`).
         seed: of all shuffles.
         on_bad_row: "error", or "skip" to leave bad rows out, with a warning that counts them.
         counts: filled with `{label: {"rows": in the mixture, "skipped": bad rows left out}}` when given.
 
     Returns:
-        Columns `messages` (content a string or a list of parts) and `source` (the label: the source's name, with the
-        file or configuration where it has one).
+        Columns `messages` (content a string or a list of parts), `source` (the label: the source's name, with the file
+        or configuration where it has one) and `columns` (what of the row the source keeps for rewards, by name).
 
     Raises:
         ValueError: an unknown source or key, more rows than there are, a bad row (with its name), nothing left.
@@ -120,15 +128,36 @@ def build_mixture(
     return datasets.concatenate_datasets(tables).select(order)
 
 
+def source_of(name: str) -> Source:
+    """A source by its name, or by the import path of a function of one's own: `my_module.my_rows`.
+
+    The function takes (split, num_rows) and returns rows that hold `messages`, or GSM8K's `question` and `answer`.
+
+    Raises:
+        ValueError: no such name or function.
+    """
+    if name in SOURCES:
+        return SOURCES[name]
+    if "." not in name:
+        raise ValueError(f"unknown source {name!r}; did you mean {nearest(name, SOURCES)!r}?")
+    return Source(_messages_of_either, load_function(name, "source"), options=())
+
+
+def _messages_of_either(row: dict) -> list[dict]:
+    return messages_from_messages(row) if "messages" in row else messages_from_gsm8k(row)
+
+
 def check_source(position: int, source: dict) -> None:
     """Check one entry of a recipe's mixture before anything is loaded; a ValueError names the nearest valid word."""
     where = f"mixture entry {position}"
     if not isinstance(source, dict) or "source" not in source:
         raise ValueError(f"{where} must say `source:` (one of {', '.join(SOURCES)}), got {source!r}")
     kind = source["source"]
-    if kind not in SOURCES:
-        raise ValueError(f"{where}: unknown source {kind!r}; did you mean {nearest(str(kind), SOURCES)!r}?")
-    allowed = ("source", "rows", "epochs", *SOURCES[kind].options)
+    try:
+        found = source_of(str(kind))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    allowed = ("source", "rows", "epochs", *found.options)
     for key in source:
         if key not in allowed:
             raise ValueError(
@@ -139,15 +168,15 @@ def check_source(position: int, source: dict) -> None:
         value = source.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{where} ({kind}): {key} must be a whole number of at least 1, got {value!r}")
-    if SOURCES[kind].generate in _UNBOUNDED and "rows" not in source:
+    if found.generate in _UNBOUNDED and "rows" not in source:
         raise ValueError(f"{where}: {kind} can make any number of rows; say how many, e.g. rows: 1000")
-    if SOURCES[kind].generate is None and not (source.get("dataset") or SOURCES[kind].hub_id):
+    if found.generate is None and not (source.get("dataset") or found.hub_id):
         raise ValueError(f"{where}: {kind} needs `dataset:`, a .jsonl or .parquet file or a Hub id")
 
 
 def _load_source(source: dict, split: str, seed: int, on_bad_row: str, counts: dict) -> datasets.Dataset:
     """One source's rows as `messages` and `source`, shuffled and cut."""
-    kind, label, num_rows = SOURCES[source["source"]], _label(source), source.get("rows")
+    kind, label, num_rows = source_of(source["source"]), _label(source), source.get("rows")
     if split == "test" and num_rows:
         num_rows = -(-num_rows // HELD_OUT)
     if kind.generate:
@@ -168,7 +197,7 @@ def _load_source(source: dict, split: str, seed: int, on_bad_row: str, counts: d
     # The permutation is datasets' own, as nanochat's is.
     permutation = datasets.Dataset.from_dict({"row": rows}).shuffle(seed=seed)["row"][:num_rows]
     converted = table.select(permutation).map(
-        lambda row: _convert(row, kind.to_messages, label),
+        lambda row: _convert(row, kind, label),
         remove_columns=table.column_names,
         features=_FEATURES,
         load_from_cache_file=False,  # the cache's key would not see a change of to_messages
@@ -202,21 +231,22 @@ def _load_split(source: dict, kind: Source, split: str):
     return table, np.flatnonzero(is_test if split == "test" else ~is_test), name_of
 
 
-def _convert(row: dict, to_messages: Callable[[dict], list[dict]], label: str) -> dict:
+def _convert(row: dict, kind: Source, label: str) -> dict:
+    converted = {"messages": [], "source": label, "columns": {}, "problem": ""}
     try:
         if set(row) == {"line"}:
-            row = _parse_line(row["line"])
-        messages = to_messages(row)
+            row = parse_line(row["line"])
+        messages = kind.to_messages(row)
         check_messages(messages)
     except ValueError as error:
-        return {"messages": [], "source": label, "problem": str(error)}
+        return {**converted, "problem": str(error)}
     except (TypeError, KeyError, AttributeError, IndexError) as error:
         problem = f"the row has another shape than this source's ({type(error).__name__}: {error}): {row!r:.200}"
-        return {"messages": [], "source": label, "problem": problem}
-    return {"messages": messages, "source": label, "problem": ""}
+        return {**converted, "problem": problem}
+    return {**converted, "messages": messages, "columns": {name: row[name] for name in kind.columns}}
 
 
-def _parse_line(line: bytes) -> dict:
+def parse_line(line: bytes) -> dict:
     try:
         row = json.loads(line)
     except ValueError as error:

@@ -57,6 +57,15 @@ def messages_from_gsm8k(row: dict) -> list[dict]:
     return _exchange(question, parts)
 
 
+def messages_from_humaneval(row: dict) -> list[dict]:
+    """`{prompt, canonical_solution, test, entry_point}`: the prompt is the question, the whole program the answer."""
+    for name in ("prompt", "canonical_solution", "test", "entry_point"):
+        if not isinstance(row.get(name), str):
+            raise ValueError(f"no text in column `{name}`; the row has {', '.join(sorted(row))}")
+    answer = f"{row['prompt']}\n{row['canonical_solution']}"
+    return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": answer}]
+
+
 def render_multiple_choice(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
     """nanochat's prompt for a question with choices; the answer to it is the bare letter.
 

@@ -50,6 +50,11 @@ class BestFitBuffer:
     def __len__(self) -> int:
         return len(self._keys)
 
+    @property
+    def shortest(self) -> int:
+        """Tokens of the shortest document."""
+        return _num_tokens(self._keys[0])
+
     def add(self, tokens: np.ndarray, num_tokens: int) -> None:
         """Append a document of `num_tokens` tokens, of which `tokens` holds the first."""
         key = (num_tokens << _LENGTH_SHIFT) - self._num_added
@@ -61,8 +66,7 @@ class BestFitBuffer:
         """Remove the longest document of at most `room` tokens, else the shortest; its tokens and its true length."""
         place = bisect_right(self._keys, room << _LENGTH_SHIFT) - 1
         if place < 0:  # none fits: the shortest, and of those the first
-            shortest = _num_tokens(self._keys[0])
-            place = bisect_right(self._keys, shortest << _LENGTH_SHIFT) - 1
+            place = bisect_right(self._keys, self.shortest << _LENGTH_SHIFT) - 1
         key = self._keys.pop(place)
         return self._documents.pop(key), _num_tokens(key)
 

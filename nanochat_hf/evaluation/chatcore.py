@@ -15,11 +15,18 @@ from collections.abc import Callable
 from copy import deepcopy
 from math import comb
 from pathlib import Path
+from statistics import fmean
 
 from datasets import Dataset, load_dataset
 
-from ..data.messages import LETTERS, messages_from_arc, messages_from_gsm8k, messages_from_mmlu
-from ..rewards import extract_answer, is_correct
+from ..data.messages import (
+    LETTERS,
+    messages_from_arc,
+    messages_from_gsm8k,
+    messages_from_humaneval,
+    messages_from_mmlu,
+)
+from ..rewards import answer_format, extract_answer, is_correct
 from .code_execution import passes_tests
 from .row_task import MissingData, RowTask
 
@@ -161,6 +168,10 @@ class ChatGenerateTask(ChatTask):
     formats = {"gsm8k": messages_from_gsm8k}
 
     @property
+    def has_format(self) -> bool:
+        return self.own["row_format"] == "gsm8k"
+
+    @property
     def num_samples(self) -> int:
         return int(self.metadata.get("num_samples", 1))
 
@@ -177,8 +188,11 @@ class ChatGenerateTask(ChatTask):
         return sum(self.is_right(doc, completion) for completion in results) / len(results)
 
     def process_results(self, doc: dict, results: list[str]) -> dict:
-        """`acc`, `centered`, and with several samples `pass@k`: the chance that k of them hold a right one."""
+        """`acc`, `centered`; of GSM8K `format`, the share of answers in its form (a final `####`, tool spans closed);
+        and with several samples `pass@k`: the chance that k of them hold a right one."""
         scores = super().process_results(doc, results)
+        if self.has_format:
+            scores["format"] = float("nan") if self.missing else fmean(answer_format(results))
         if self.num_samples > 1 and not self.missing:
             wrong = round((1 - scores["acc"]) * self.num_samples)
             scores |= {f"pass@{k}": 1 - comb(wrong, k) / comb(self.num_samples, k) for k in self._ks()}
@@ -187,22 +201,15 @@ class ChatGenerateTask(ChatTask):
     def _ks(self) -> range:
         return range(1, self.num_samples + 1) if self.num_samples > 1 else range(0)
 
+    def _more_scores(self) -> list[str]:
+        return ["format"] * self.has_format + [f"pass@{k}" for k in self._ks()]
+
     def aggregation(self) -> dict:
-        return super().aggregation() | {
-            f"pass@{k}": super(ChatGenerateTask, self).aggregation()["acc"] for k in self._ks()
-        }
+        mean = super().aggregation()["acc"]
+        return super().aggregation() | dict.fromkeys(self._more_scores(), mean)
 
     def higher_is_better(self) -> dict:
-        return super().higher_is_better() | {f"pass@{k}": True for k in self._ks()}
-
-
-def messages_from_humaneval(row: dict) -> list[dict]:
-    """`{prompt, canonical_solution, test, entry_point}`: the prompt is the question, the whole program the answer."""
-    for name in ("prompt", "canonical_solution", "test", "entry_point"):
-        if not isinstance(row.get(name), str):
-            raise ValueError(f"no text in column `{name}`; the row has {', '.join(sorted(row))}")
-    answer = f"{row['prompt']}\n{row['canonical_solution']}"
-    return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": answer}]
+        return super().higher_is_better() | dict.fromkeys(self._more_scores(), True)
 
 
 class ChatCodeTask(ChatGenerateTask):

@@ -126,6 +126,7 @@ def summarize(results: dict, group: str, mean_name: str) -> dict:
             "centered": figures["centered,none"],
             "baseline": results["configs"][name]["metadata"]["baseline"],
             "num_items": len(samples),
+            **({"format": figures["format,none"]} if "format,none" in figures else {}),
             "correct": [int(sample["acc"]) for sample in sorted(samples, key=lambda sample: sample["doc_id"])],
         }
     mean = results.get("groups", {}).get(group, {}).get("centered,none")

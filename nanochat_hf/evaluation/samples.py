@@ -1,9 +1,9 @@
-"""What a base model says: nanochat's seven prompts, continued greedily."""
+"""What a model says: a base model to nanochat's seven prompts, a chat model to questions; greedily."""
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..generation import generate_completions
-from ..tokenizer import encode_documents
+from ..tokenizer import encode_documents, encode_prompt
 
 PROMPTS = (
     "The capital of France is",
@@ -21,3 +21,13 @@ def sample_prompts(model: PreTrainedModel, tokenizer, max_new_tokens: int = 16) 
     prompts = encode_documents(tokenizer, list(PROMPTS))
     completions = generate_completions(model, tokenizer, prompts, max_new_tokens, use_calculator=False)
     return [tokenizer.decode(p + c.token_ids) for p, c in zip(prompts, completions, strict=True)]
+
+
+def answer_questions(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: list[str], max_new_tokens: int = 64
+) -> list[dict]:
+    """`{question, answer}` of each question: greedy, the calculator at work, its spans shown."""
+    prompts = [encode_prompt(tokenizer, [{"role": "user", "content": question}]) for question in questions]
+    completions = generate_completions(model, tokenizer, prompts, max_new_tokens)
+    texts = [tokenizer.decode(completion.token_ids).removesuffix("<|assistant_end|>") for completion in completions]
+    return [{"question": question, "answer": text} for question, text in zip(questions, texts, strict=True)]

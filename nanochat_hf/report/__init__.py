@@ -77,6 +77,7 @@ def render(
         sections.stage_section(records, "Chat RL", "rl"),
         sections.chat_evaluation(records, "rl"),
         sections.paired_test(metrics.get("rl", {}).get("paired_test_sft_to_rl")),
+        *([sections.stage_section(records, "Preferences (DPO)", "dpo")] if "dpo" in records else []),
         "## Plots\n\n"
         + ("\n\n".join(f"![{title}]({path})" for title, path in plots.items()) or "No curve was recorded."),
         sections.samples(records),

@@ -58,6 +58,14 @@ RESULTS: dict[str, list[tuple[str, str, Callable]]] = {
         ("num_steps", "Number of iterations", number),
         ("reward_first", "Reward at the start", number),
         ("reward_last", "Reward at the end", number),
+        ("uniform_groups", "Questions whose answers all got the same reward", percent),
+        ("empty_groups", "Questions whose answers were all empty", percent),
+    ],
+    "dpo": [
+        ("num_pairs", "Training pairs", number),
+        ("num_steps", "Number of iterations", number),
+        ("margin", "Margin on held-out pairs", number),
+        ("accuracy", "Held-out pairs with a margin above 0", percent),
     ],
 }
 
@@ -75,12 +83,23 @@ def stage_section(records: RunRecords, title: str, name: str) -> str:
     shown = {key for key, _, _ in known}
     lines += [(key, number(value)) for key, value in results.items() if key not in shown and not is_table(key)]
     parts = [heading(records, title, name), settings(records, name), "**Results**\n\n" + bullets(lines)]
-    return "\n\n".join([*parts, *mixture_table(records.results(name))])
+    return "\n\n".join([*parts, *mixture_table(records.results(name)), *pass_table(records.curve(name))])
 
 
 def is_table(key: str) -> bool:
     """Whether a flattened result belongs to a table."""
-    return key.split(".")[0] == "evaluation" or key.startswith(("train_mixture.", "validation_mixture."))
+    tables = ("train_mixture.", "validation_mixture.", "pass@", "before.pass@")
+    return key.split(".")[0] == "evaluation" or key.startswith(tables)
+
+
+def pass_table(curve: list[dict]) -> list[str]:
+    """pass@k on held-out problems before, during and after RL; empty where it was not scored."""
+    scored = [line for line in curve if "pass@1" in line]
+    if not scored:
+        return []
+    names = [name for name in scored[0] if name.startswith("pass@")]
+    rows = [[number(line["step"]), *(number(line[name]) for name in names)] for line in scored]
+    return [table(["Step", *names], rows)]
 
 
 def mixture_table(results: dict) -> list[str]:
