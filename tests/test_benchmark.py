@@ -7,6 +7,7 @@ import torch
 
 from nanochat_hf.benchmark import benchmark
 from nanochat_hf.benchmark.memory import PeakMemory
+from nanochat_hf.checkpoint import save_model
 from nanochat_hf.recipe import RecipeError
 
 SMALL = "--depth 2 --vocab_size 256 --sequence_length 64 --device_batch_size 2 --steps 1 --rounds 2"
@@ -33,6 +34,20 @@ def test_pretrain_sides_do_the_same_work(tmp_path, capsys):
 def test_pretrain_compiled(tmp_path):
     figures = benchmark(["pretrain", *SMALL.split(), "--output", str(tmp_path / "out.json")])
     assert figures["speedup"] > 0 and figures["compile_seconds"] > 0 and figures["loss_difference"] <= 0.05
+
+
+def test_grpo_sides_write_the_same_tokens(tmp_path, tiny_model, tiny_tokenizer, capsys):
+    output, model = tmp_path / "out.json", tmp_path / "model"
+    model.mkdir()
+    save_model(tiny_model, tiny_tokenizer, model)
+    shape = "--num_prompts 3 --num_generations 2 --max_completion_length 6 --rounds 2"
+    benchmark(["grpo", "--model", str(model), *shape.split(), "--output", str(output)])
+    figures = json.loads(output.read_text())
+    assert figures["same_tokens"] is True and figures["num_completions"] == 6
+    sides = figures["sides"]
+    assert figures["speedup"] == pytest.approx(sides["trl"]["seconds"] / sides["ours"]["seconds"])
+    assert all(len(side["seconds_by_round"]) == 2 for side in sides.values())
+    assert "speedup" in capsys.readouterr().out
 
 
 def test_an_unknown_subcommand_names_the_nearest():
