@@ -8,7 +8,7 @@ import pytest
 from test_recipes import dataclasses_of
 
 ROOT = Path(__file__).parents[1]
-READMES = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*/README.md"))]
+READMES = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*/README.md")), ROOT / "recipes/teach_a_skill.md"]
 PROMISED = ("runs/", "../shared/", "my_", "me/")  # what a run makes, or the reader has
 
 
@@ -81,3 +81,29 @@ def test_python_examples_compile():
     for path in READMES:
         for block in code_blocks(path, "python"):
             compile(block, str(path), "exec")
+
+
+def test_the_skill_of_the_guide_can_be_taught(tmp_path, monkeypatch):
+    """The guide's own code and YAML: problems are made, disjoint by split, and scored."""
+    import sys
+
+    import yaml
+
+    from nanochat_hf.data.conversations import build_mixture
+    from nanochat_hf.grpo import build_problems
+    from nanochat_hf.recipe import load_function
+    from nanochat_hf.rewards import exact_answer
+
+    guide = ROOT / "recipes" / "teach_a_skill.md"
+    (tmp_path / "letters.py").write_text("\n\n".join(code_blocks(guide, "python")))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "letters", raising=False)
+    (recipe,) = code_blocks(guide, "yaml")
+    sources = yaml.safe_load(recipe)["mixture"]
+    assert build_mixture(sources)["source"].count("letters.letter_rows") == 800
+    train, test = (build_mixture(sources[:1], split) for split in ("train", "test"))
+    problems = build_problems(train)
+    assert not {row[0]["content"] for row in problems["prompt"]} & {row[0]["content"] for row in test["messages"]}
+    told = f'<|python_start|>("a").count("a")<|python_end|>\n#### {problems[0]["answer"]}'
+    assert exact_answer([told], answer=[problems[0]["answer"]]) == [1.0]
+    assert load_function("letters.used_count", "reward")(completions=[told, "#### 1"]) == [1.0, 0.0]

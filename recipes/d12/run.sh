@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Tokenizer and base model of depth 12, architecture 2026-07, on GPUs. What it costs and what comes out: README.md beside this file.
+# Tokenizer, base model of depth 12 (2026-07) and a LoRA adapter on it, on GPUs. Cost and figures: README.md.
 #
 #   bash recipes/d12/run.sh            # a second call continues at the first stage that has not finished
-#   bash recipes/d12/run.sh --help     # your own text, another folder, starting over
+#   bash recipes/d12/run.sh --help     # your own text and conversations, another folder, starting over
 set -eo pipefail
 recipe=recipes/d12
 source "$(dirname "${BASH_SOURCE[0]}")/../../scripts/line.sh"
@@ -10,5 +10,6 @@ start_line "$@"
 
 stage tokenizer python scripts/train_tokenizer.py --config $recipe/tokenizer.yaml "${text[@]}"
 stage base "${launch[@]}" scripts/pretrain.py --config $recipe/pretrain.yaml "${text[@]}"
+stage sft "${launch[@]}" scripts/sft.py --config $recipe/sft_lora.yaml "${chat[@]}" "${exam[@]}"
 
 finish_line

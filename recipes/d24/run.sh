@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Tokenizer and base model of depth 24, architecture 2026-07, on GPUs. What it costs and what comes out: README.md beside this file.
+# The whole line at depth 24, architecture 2026-07 (one SFT stage, no midtraining), on GPUs. Cost and figures: README.md.
 #
 #   bash recipes/d24/run.sh            # a second call continues at the first stage that has not finished
-#   bash recipes/d24/run.sh --help     # your own text, another folder, starting over
+#   bash recipes/d24/run.sh --help     # your own text, conversations and benchmarks; another folder; starting over
 set -eo pipefail
 recipe=recipes/d24
 source "$(dirname "${BASH_SOURCE[0]}")/../../scripts/line.sh"
@@ -10,5 +10,14 @@ start_line "$@"
 
 stage tokenizer python scripts/train_tokenizer.py --config $recipe/tokenizer.yaml "${text[@]}"
 stage base "${launch[@]}" scripts/pretrain.py --config $recipe/pretrain.yaml "${text[@]}"
+stage sft "${launch[@]}" scripts/sft.py --config $recipe/sft.yaml "${chat[@]}" "${exam[@]}"
+stage rl "${launch[@]}" scripts/grpo.py --config $recipe/grpo.yaml
+# Instead of the line above, RL on three kinds of problem:
+# stage rl "${launch[@]}" scripts/grpo.py --config $recipe/grpo_mixed.yaml
+# A last stage beyond nanochat, preferences; it starts from sft (start_from in its YAML):
+# stage dpo "${launch[@]}" scripts/dpo.py --config $recipe/dpo.yaml
+
+# One process scores the models; its last record says that it has finished.
+stage chatcore_rl python scripts/evaluate.py --config $recipe/eval.yaml "${core[@]}" "${exam[@]}"
 
 finish_line
