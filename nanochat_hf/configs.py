@@ -82,6 +82,7 @@ class PretrainConfig(CorpusConfig):
     compile: bool | None = field(
         default=None, metadata={"help": "torch.compile the model; by default on a GPU, and on a CPU for long runs"}
     )
+    fp8: bool = field(default=False, metadata={"help": "matrices of the layers in fp8 by torchao (H100 and newer)"})
     keep_optimizer_state: bool = field(
         default=False, metadata={"help": "write the optimizer's state beside the model, for an SFT that carries it on"}
     )

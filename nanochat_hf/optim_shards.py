@@ -1,11 +1,13 @@
-"""Who steps which parameter when every process holds the whole model: the owner computes, the others receive.
+"""Who steps which parameter on several processes: the owner computes, the others receive.
 
-For a unit of parameters, gradients are averaged to their owners (reduce-scatter), each process steps its own pieces
-with optimizer state for them alone, and the new values go to everyone (all-gather). The traffic is that of DDP, while
-state and work are divided by the number of processes. All units' reductions start before the first step and all their
-gathers run beside later steps. Alone, a process owns everything and nothing is sent.
+Where every process holds the whole model: for a unit of parameters, gradients are averaged to their owners
+(reduce-scatter), each process steps its own pieces with optimizer state for them alone, and the new values go to
+everyone (all-gather). The traffic is that of DDP, while state and work are divided by the number of processes. All
+units' reductions start before the first step and all their gathers run beside later steps. Alone, a process owns
+everything and nothing is sent. The model must not be wrapped in DDP as well, or gradients would be averaged twice.
 
-The model must not be wrapped in DDP as well, or gradients would be averaged twice.
+Where the model is in pieces (FSDP2, `fsdp.py`) its gradients come averaged. AdamW steps the piece at hand; a matrix of
+Muon's is put together at its owner, stepped whole, and taken apart again (all-to-all).
 """
 
 from collections import defaultdict
@@ -13,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 SMALL_NUMEL = 4096  # below, sending a piece takes longer than stepping the whole
 
@@ -28,11 +31,15 @@ class Piece(NamedTuple):
 def units_of(group: dict, shares_work: bool) -> list["Unit"]:
     """The units of a parameter group: a Muon group's matrices by shape; embeddings one by one, small ones together."""
     params = [p for p in group["params"] if p.grad is not None]
+    in_pieces = any(isinstance(p, DTensor) for p in params)
     if group["kind"] == "muon":
         by_shape = defaultdict(list)
         for p in params:
             by_shape[p.shape].append(p)
-        return [(Matrices if shares_work else Unit)(same_shape) for same_shape in by_shape.values()]
+        kind = MatricesInPieces if in_pieces else Matrices if shares_work else Unit
+        return [kind(same_shape) for same_shape in by_shape.values()]
+    if in_pieces:
+        return [LocalPieces(params)]
     if not shares_work:
         return [Unit(params)] if params else []
     large = [p for p in params if p.numel() >= SMALL_NUMEL and p.numel() % dist.get_world_size() == 0]
@@ -74,7 +81,7 @@ class Unit:
     def square_norm(self) -> torch.Tensor:
         """Sum of the squared gradients of the pieces, 0 where another process counts the same ones."""
         pieces = self.pieces() if self.counts_in_norm else []
-        return sum((piece.grad.square().sum() for piece in pieces), self.params[0].new_zeros(()))
+        return sum((piece.grad.square().sum() for piece in pieces), torch.zeros((), device=self.params[0].device))
 
 
 class Copies(Unit):
@@ -137,3 +144,60 @@ class Matrices(Unit):
     def finish(self) -> None:
         self.work.wait()
         torch._foreach_copy_(self.params, list(self.all[: len(self.params)]))
+
+
+class LocalPieces(Unit):
+    """Parameters in pieces, of which each process steps its own (AdamW works element by element)."""
+
+    def receive(self) -> list[Piece]:
+        pieces = (Piece(p, p.to_local(), p.grad.to_local()) for p in self.params)
+        return [piece for piece in pieces if piece.value.numel()]
+
+
+class MatricesInPieces(Unit):
+    """Matrices of one shape in pieces of rows; each is put together at its owner, which steps it whole.
+
+    Rows are dealt out as FSDP2 does, the same number to each process, the last ones fewer: here padded to that number.
+    """
+
+    def start(self) -> None:
+        world_size = dist.get_world_size()
+        self.rows, self.columns = self.params[0].shape
+        self.num_each, self.rows_each = -(-len(self.params) // world_size), -(-self.rows // world_size)
+        self.grads, grads_sent = self.exchange([p.grad.to_local() for p in self.params])
+        self.values, values_sent = self.exchange([p.to_local() for p in self.params])
+        self.sent = grads_sent, values_sent
+
+    def exchange(self, pieces: list[torch.Tensor]) -> tuple[torch.Tensor, dist.Work]:
+        """Send each matrix's piece to its owner; (senders, own matrices, rows_each, columns) arrive."""
+        world_size = dist.get_world_size()
+        sending = pieces[0].new_zeros(world_size * self.num_each, self.rows_each, self.columns)
+        for place, piece in zip(sending, pieces, strict=False):
+            place[: len(piece)] = piece
+        received = torch.empty_like(sending)
+        work = dist.all_to_all_single(received, sending, async_op=True)
+        return received.view(world_size, self.num_each, self.rows_each, self.columns), work
+
+    def receive(self) -> list[Piece]:
+        for work in self.sent:
+            work.wait()
+        self.values, grads = (
+            x.transpose(0, 1).reshape(self.num_each, -1, self.columns) for x in (self.values, self.grads)
+        )
+        first = dist.get_rank() * self.num_each
+        own = self.params[first : first + self.num_each]
+        rows = slice(self.rows)
+        return [Piece(p, value[rows], grad[rows]) for p, value, grad in zip(own, self.values, grads, strict=False)]
+
+    def share(self) -> None:
+        self.pieces()  # a process that owns none has not asked for them
+        shape = self.num_each, dist.get_world_size(), self.rows_each, self.columns
+        sending = self.values.view(shape).transpose(0, 1).contiguous()
+        self.values = torch.empty_like(sending)
+        self.work = dist.all_to_all_single(self.values, sending, async_op=True)
+
+    def finish(self) -> None:
+        self.work.wait()
+        for p, rows in zip(self.params, self.values.flatten(0, 1), strict=False):
+            piece = p.to_local()
+            piece.copy_(rows[: len(piece)])

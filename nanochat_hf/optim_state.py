@@ -40,8 +40,9 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: torch.nn.Modul
 
 
 def _whole(values: list[torch.Tensor], parameter: torch.Tensor) -> torch.Tensor:
-    """One tensor of the parts: slices of a parameter in the order of their processes, or copies of the whole."""
+    """One tensor of the parts: pieces of a parameter in the order of their processes, or copies of the whole."""
     first = values[0]
-    if first.ndim == 1 and len(values) > 1 and len(values) * first.numel() == parameter.numel():
+    is_piece = first.ndim and first.shape != parameter.shape
+    if is_piece and len(values) > 1 and sum(value.numel() for value in values) == parameter.numel():
         first = torch.cat(values).view_as(parameter)
     return first.to(parameter.device)

@@ -9,7 +9,6 @@ whatever the number of devices; schedules, data position and weights resume exac
 import math
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,24 +17,27 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from . import NanoChatHFForCausalLM
+from .attention import cached_attention
 from .checkpoint import atomic_folder, save_model
 from .configs import PretrainConfig
+from .data.batches import BatchesAhead
 from .data.corpus import load_corpus
 from .data.packing import PackedDataset
 from .evaluation.bpb import evaluate_bpb
 from .evaluation.samples import sample_prompts
+from .fsdp import load_whole_state, wants_fsdp, whole_model
 from .hardware import Throughput
 from .optim import MAX_GRAD_NORM, Schedule, build_optimizer
 from .optim_state import save_optimizer_state
 from .pretrain_checkpoint import Checkpoints, rewind_log
 from .pretrain_estimate import describe_plan
-from .pretrain_plan import accumulation_steps, model_config, planned_vocab_size, scaling_plan
+from .pretrain_model import build_model
+from .pretrain_plan import accumulation_steps, planned_vocab_size, scaling_plan
 from .stage import Stage
 from .tokenizer import load_tokenizer, token_byte_lengths
 from .training_step import TrainingStep, make_accelerator
 
 MAX_SKIPPED_STEPS = 3  # losses in a row that are not finite before the run gives up
-CPU_COMPILE_FLOPS = 4e14  # a run shorter than this ends before torch.compile has paid for itself on a CPU
 
 
 def pretrain(config: PretrainConfig, settings: dict) -> None:
@@ -77,10 +79,9 @@ class Pretraining:
         self.config, self.stage, self.tokenizer = config, stage, tokenizer
         self.plan = scaling_plan(config, len(tokenizer))
         self.accelerator = make_accelerator(log_with=config.tracker, project_dir=config.run_dir)
-        device = self.accelerator.device
         num_batches = accumulation_steps(self.plan, config, self.accelerator.num_processes)
         set_seed(config.seed)
-        self.model = NanoChatHFForCausalLM(model_config(self.plan, config, tokenizer)).to(device)
+        self.model, should_compile = build_model(self.plan, config, tokenizer, self.accelerator)
         # Muon's decay and the batch's learning-rate scale come from the plan.
         self.optimizer = build_optimizer(
             self.model,
@@ -90,9 +91,6 @@ class Pretraining:
             max_grad_norm=MAX_GRAD_NORM[config.architecture],
             shares_work=self.accelerator.num_processes > 1,
         )
-        should_compile = config.compile
-        if should_compile is None:
-            should_compile = device.type == "cuda" or self.plan.total_flops > CPU_COMPILE_FLOPS
         schedule = Schedule(config.architecture, self.plan.num_steps)
         self.take_step = TrainingStep(
             self.accelerator, self.model, self.optimizer, schedule, num_batches, should_compile
@@ -102,16 +100,16 @@ class Pretraining:
         folder = Path(config.run_dir) / "checkpoints" / "base"
         self.checkpoints = Checkpoints(self.accelerator, folder, config.save_total_limit)
         self.throughput = Throughput(self.plan, self.accelerator.device, self.accelerator.num_processes)
-        self.step, self.seconds_before = 0, 0.0
+        self.step, self.seconds_before, self.waiting_batches = 0, 0.0, []
         self.validations: list[float] = []
         self._validation_batches: list[dict] | None = None
 
-    def rows(self, split: str, rank: int | None = None) -> PackedDataset:
+    def rows(self, split: str) -> PackedDataset:
         """This process's rows of a split: training repeats for ever, and so does validation when it is short."""
         corpus = load_corpus(
             self.config.dataset,
             split,
-            rank=self.accelerator.process_index if rank is None else rank,
+            rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
             epochs=None,
             num_shards=self.config.num_shards,
@@ -119,12 +117,6 @@ class Pretraining:
         )
         packing = "best_fit" if self.config.architecture == "2026-07" else "flat"
         return PackedDataset(corpus, self.tokenizer, self.config.sequence_length, packing=packing)
-
-    def batches(self, dataset: PackedDataset) -> Iterator[dict]:
-        """Batches on the device, fetched one at a time, so that the data set's state is that of the next batch."""
-        loader = DataLoader(dataset, self.config.device_batch_size, pin_memory=self.accelerator.device.type == "cuda")
-        for batch in loader:
-            yield {key: value.to(self.accelerator.device, non_blocking=True) for key, value in batch.items()}
 
     def train(self) -> None:
         """The loop: resume, then evaluate, save and step until the plan is done."""
@@ -140,14 +132,18 @@ class Pretraining:
             disable=not self.accelerator.is_main_process,
             mininterval=1,
         )
-        batches = self.batches(self.dataset)
+        num_batches = (plan.num_steps - self.step) * self.take_step.num_batches
+        device = self.accelerator.device
+        self.batches = BatchesAhead(
+            self.dataset, config.device_batch_size, device, num_batches, waiting=self.waiting_batches
+        )
         self.model.train()
         num_bad = 0
         while self.step < plan.num_steps:
             if self.step == 0 or (config.eval_every_steps and self.step % config.eval_every_steps == 0):
                 self.validate()
             started = time.perf_counter()
-            loss = self.take_step(batches, self.step)
+            loss = self.take_step(self.batches, self.step)
             self.step += 1
             self.throughput.count_step(time.perf_counter() - started)
             num_bad = 0 if math.isfinite(loss) else num_bad + 1
@@ -157,8 +153,8 @@ class Pretraining:
                     f"checkpoint in {self.checkpoints.folder} is from before: lower the learning rates and run again"
                 )
             self.report_step(loss, bar)
-            if config.save_every_steps and self.step % config.save_every_steps == 0 and self.step < plan.num_steps:
-                self.save_checkpoint()
+            if config.save_every_steps and (self.step % config.save_every_steps == 0 or self.step == plan.num_steps):
+                self.save_checkpoint()  # before the validation of this step
             if self.take_step.is_stopping:
                 self.save_checkpoint()
                 raise KeyboardInterrupt(f"stopped at step {self.step}; run the same command again to resume there")
@@ -196,7 +192,8 @@ class Pretraining:
         """The same rows at every call: `eval_tokens` tokens from the beginning of a split."""
         batch_tokens = self.config.device_batch_size * self.config.sequence_length * self.accelerator.num_processes
         count = max(1, self.config.eval_tokens // batch_tokens)
-        return [batch for batch, _ in zip(self.batches(self.rows(split)), range(count), strict=False)]
+        rows = DataLoader(self.rows(split), self.config.device_batch_size)
+        return [batch for batch, _ in zip(rows, range(count), strict=False)]
 
     def validate(self) -> None:
         """Bits per byte on validation, and the samples when they are due."""
@@ -208,15 +205,15 @@ class Pretraining:
             tqdm.write(f"step {self.step:,}: validation {self.validations[-1]:.4f} bits per byte")
         every = self.config.sample_every_steps
         if every and self.step % every == 0 and 0 < self.step < self.plan.num_steps:
-            for sample in self.samples():
-                tqdm.write(sample)
+            self.accelerator.print(*self.samples(), sep="\n")
 
     def samples(self) -> list[str]:
-        """The seven prompts, continued greedily, on the main process."""
-        if not self.accelerator.is_main_process:
+        """The seven prompts, continued greedily, on the main process; a model in pieces needs all of them."""
+        if not (self.accelerator.is_main_process or wants_fsdp(self.accelerator)):
             return []
         self.model.eval()
-        texts = sample_prompts(self.model, self.tokenizer)
+        with cached_attention(self.model):
+            texts = sample_prompts(self.model, self.tokenizer)
         self.model.train()
         return texts
 
@@ -232,17 +229,19 @@ class Pretraining:
             "num_skipped": self.take_step.num_skipped,
             "validations": self.validations,
             "optimizer": self.optimizer.state_dict(),
-            "data": self.dataset.state_dict(),
+            "data": self.batches.state_dict(),
         }
-        self.checkpoints.save(self.step, self.model, self.tokenizer, state)
+        self.checkpoints.save(self.step, whole_model(self.model), self.tokenizer, state)
 
     def resume(self) -> None:
         """Continue from the newest checkpoint of this run, if there is one."""
         if found := self.checkpoints.load_last():
             folder, state = found
-            self.model.load_state_dict(NanoChatHFForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict())
+            saved = NanoChatHFForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            load_whole_state(self.model, saved.state_dict())
             self.optimizer.load_state_dict(state["optimizer"])
-            self.dataset.load_state_dict(state["data"])
+            self.dataset.load_state_dict(state["data"]["dataset"])
+            self.waiting_batches = state["data"]["waiting"]
             self.step, self.take_step.num_skipped = state["step"], state["num_skipped"]
             self.validations, self.seconds_before = state["validations"], state["seconds"]
             self.accelerator.print(f"base: resuming at step {self.step} from {folder}")
@@ -252,9 +251,10 @@ class Pretraining:
     def finish(self) -> None:
         """Write the model folder, the losses on both splits, the samples, and fill the record."""
         run_dir, plan = Path(self.config.run_dir), self.plan
+        model = whole_model(self.model)
         if self.accelerator.is_main_process:
             with atomic_folder(run_dir / "base") as folder:
-                save_model(self.model, self.tokenizer, folder)
+                save_model(model, self.tokenizer, folder)
         if self.config.keep_optimizer_state:
             self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
             rank = self.accelerator.process_index

@@ -28,8 +28,11 @@ class Checkpoints:
         self.accelerator, self.folder, self.keep = accelerator, folder, keep
         self.last_step: int | None = None
 
-    def save(self, step: int, model: torch.nn.Module, tokenizer, state: dict) -> None:
+    def save(self, step: int, model: torch.nn.Module | None, tokenizer, state: dict) -> None:
         """Write a checkpoint, in every process with its own state; older ones go when it is complete.
+
+        Args:
+            model: whole; the main process's counts.
 
         Raises:
             OSError: it could not be written (disk full); the previous one is as it was.

@@ -24,6 +24,11 @@ def make_accelerator(**settings) -> Accelerator:
     return Accelerator(cpu=on_cpu, mixed_precision="bf16" if supports_bf16(device) else "no", **settings)
 
 
+def compute_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The dtype of matrix products under the accelerator's autocast."""
+    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+
+
 class TrainingStep:
     """Calling it takes one step.
 
@@ -62,19 +67,21 @@ class TrainingStep:
             step: counted from 0.
         """
         self.schedule.apply(self.optimizer, step)
-        total = torch.zeros((), device=self.accelerator.device)
-        for i in range(self.num_batches):
-            batch = next(batches)
-            self.lap("data")
-            with self.accelerator.autocast():
+        device = self.accelerator.device
+        total = torch.zeros((), device=device)
+        with self.accelerator.autocast():  # around all batches: it casts each weight once
+            for i in range(self.num_batches):
+                batch = next(batches)
+                self.lap("data")
                 loss = self.forward(**batch, use_cache=False, skip_logits=True).loss / self.num_batches
-            total += loss.detach()
-            self.lap("forward")
-            if i == self.num_batches - 1:
-                figures = torch.stack((total, total.new_full((), float(self.stop_requested))))
-                read_figures = start_reading(self.accelerator.reduce(figures, "mean"))
-            loss.backward()
-            self.lap("backward")
+                total += loss.detach()
+                self.lap("forward")
+                if i == self.num_batches - 1:
+                    figures = torch.stack((total, total.new_full((), float(self.stop_requested))))
+                    read_figures = start_reading(self.accelerator.reduce(figures, "mean"))
+                with torch.autocast(device.type, enabled=False):  # each operation goes back as it came
+                    loss.backward()
+                self.lap("backward")
         mean, stopping = read_figures()
         self.is_stopping = stopping > 0
         if math.isfinite(mean):

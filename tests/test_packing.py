@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from nanochat_hf.data import packing
+from nanochat_hf.data.batches import BatchesAhead
 from nanochat_hf.data.corpus import load_corpus
 from nanochat_hf.data.packing import PackedDataset
 
@@ -292,3 +293,30 @@ def test_real_tokenizer(tiny_tokenizer):
     assert all(row[0] == tiny_tokenizer.bos_token_id for row in rows)
     text = tiny_tokenizer.decode(pieces_of(rows[0], tiny_tokenizer.bos_token_id)[0][1:])
     assert any(document.startswith(text) for document in load_corpus("embedded", "validation"))
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "flat"])
+def test_batches_made_ahead_resume_to_the_row(corpus_of, packing, tmp_path):
+    def dataset():
+        return PackedDataset(corpus_of(random_documents(300, 150)), TOKENIZER, 32, 50, 16, packing)
+
+    whole = [batch["input_ids"] for batch in BatchesAhead(dataset(), 3, torch.device("cpu"), num_batches=12)]
+    assert len(whole) == 12
+    batches = BatchesAhead(dataset(), 3, torch.device("cpu"), num_batches=12)
+    first = [next(batches)["input_ids"] for _ in range(5)]
+    torch.save(batches.state_dict(), tmp_path / "state.pt")
+    next(batches)  # going on changes nothing in the state
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed = dataset()
+    resumed.load_state_dict(state["dataset"])
+    rest = BatchesAhead(resumed, 3, torch.device("cpu"), num_batches=7, waiting=state["waiting"])
+    for batch, wanted in zip([*first, *(batch["input_ids"] for batch in rest)], whole, strict=True):
+        assert torch.equal(batch, wanted)
+    assert resumed.num_rows == 36, "nothing is made beyond the last batch"
+
+
+def test_batches_ahead_hand_errors_on(corpus_of, tmp_path):
+    dataset = PackedDataset(corpus_of(random_documents(300, 150)), TOKENIZER, 32, 50, 16)
+    (tmp_path / "a.parquet").write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet"):
+        next(BatchesAhead(dataset, 3, torch.device("cpu"), num_batches=2))

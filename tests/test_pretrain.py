@@ -82,6 +82,32 @@ def test_bad_losses_stop_the_run(make_run, monkeypatch):
         pretrain.pretrain(config, settings)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_loss_is_left_out_and_counted(make_run, monkeypatch, bad):
+    """Two in a row and, later, one: three steps leave weights and optimizer as they were, the run goes on."""
+    run_dir, config, settings = make_run("nan", eval_every_steps=0)
+    take_step, step_number, untouched = TrainingStep.__call__, [], []
+
+    def noticing(self, batches, step):
+        before = [p.clone() for p in self.model.parameters()]
+        step_number[:] = [step]
+        loss = take_step(self, batches, step)
+        untouched.append(all(torch.equal(p, q) for p, q in zip(self.model.parameters(), before, strict=True)))
+        return loss
+
+    def broken(self, *args, forward=NanoChatHFForCausalLM.forward, **kwargs):
+        output = forward(self, *args, **kwargs)
+        if self.training and step_number[0] in (1, 2, 4):
+            output.loss = output.loss * bad
+        return output
+
+    monkeypatch.setattr(TrainingStep, "__call__", noticing)
+    monkeypatch.setattr(NanoChatHFForCausalLM, "forward", broken)
+    pretrain.pretrain(config, settings)
+    assert untouched == [False, True, True, False, True, False]
+    assert json.loads((run_dir / "eval" / "base.json").read_text())["results"]["num_skipped_steps"] == 3
+
+
 def test_a_batch_that_does_not_divide_names_the_nearest(make_run):
     _, config, settings = make_run("bad", total_batch_tokens=300)
     with pytest.raises(ValueError, match="total_batch_tokens=300 is no multiple.*2 \\* 64 \\* 1 = 128.*nearest.*256"):

@@ -155,7 +155,7 @@ class PackedDataset(IterableDataset):
             self._reset()
         self._is_positioned = False
         refills = self._refills()
-        rows = self._best_fit_rows(refills) if self.packing == "best_fit" else self._flat_rows(refills)
+        rows = self.best_fit_rows(refills) if self.packing == "best_fit" else self._flat_rows(refills)
         return ({"input_ids": row[:-1], "shift_labels": row[1:]} for row in map(torch.from_numpy, rows))
 
     def _refills(self) -> Iterator[list[np.ndarray]]:
@@ -181,7 +181,8 @@ class PackedDataset(IterableDataset):
             self._corpus_state = state
             yield tokens
 
-    def _best_fit_rows(self, refills: Iterator[list[np.ndarray]]) -> Iterator[np.ndarray]:
+    def best_fit_rows(self, refills: Iterator[list[np.ndarray]]) -> Iterator[np.ndarray]:
+        """Rows of T + 1 tokens from refills of tokenised documents, as long as these last."""
         row_tokens = self.sequence_length + 1
         buffer = self._buffer
         while True:
