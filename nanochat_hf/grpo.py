@@ -89,6 +89,7 @@ def run_grpo(config: GRPOStageConfig, training_args: GRPOConfig, settings: dict)
         model, tokenizer = load_start(config.run_dir, config.start_from)
         if training_args.use_vllm:
             check_vllm(model.config)
+            print(f"{config.stage}: vLLM generates; it does not run the calculator inside a turn")
         mixture, skipped = load_mixture(config, training_args.seed, "train")
         refuse_base_model(model, tokenizer, list(islice(mixture["messages"], 8)), config.start_from)
         problems = build_problems(mixture)

@@ -145,6 +145,11 @@ class StageOptimizer:
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.stage_config.optimizer == "adamw":
             return super().create_optimizer(model)
+        if not hasattr(self.model.config, "architecture"):
+            raise ValueError(
+                f"`optimizer: muon` knows the parameters of this project's models, not those of "
+                f"{self.model.config.model_type}; set `optimizer: adamw` with a `learning_rate`"
+            )
         # Muon decays only in pretraining.
         self.optimizer = build_optimizer(
             model or self.model,
@@ -236,7 +241,10 @@ def save_stage(trainer, tokenizer, run_dir: str, name: str) -> None:
         model = trainer.accelerator.unwrap_model(trainer.model)
         with atomic_folder(Path(run_dir) / name) as partial:
             if hasattr(model, "merge_and_unload"):
+                for settings in model.peft_config.values():  # not where the model lies on this machine
+                    settings.base_model_name_or_path = trainer.stage_config.start_from
                 model.save_pretrained(partial / "adapter")
+                (partial / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty card, with that path
                 model = model.merge_and_unload()
             save_model(model, tokenizer, partial)
         shutil.rmtree(trainer.args.output_dir, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from statistics import pstdev
 
 import pytest
 
@@ -197,6 +198,8 @@ def test_paired_test_counts_problems_and_is_exact(run_dir):
         70,
     )
     assert paired["p_value"] == pytest.approx(2 / 2**30)
+    differences = [0] * (paired["num_problems"] - 30) + [1] * 30  # problem by problem
+    assert paired["difference_stderr"] == pytest.approx(pstdev(differences) / paired["num_problems"] ** 0.5)
     # Binomial(10, 1/2): P(X <= 2) = (1 + 10 + 45) / 1024
     assert sign_test(2, 8) == sign_test(8, 2) == pytest.approx(2 * 56 / 1024)
     assert sign_test(0, 0) == sign_test(5, 5) == 1.0

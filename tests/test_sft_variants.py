@@ -51,6 +51,8 @@ def test_a_lora_adapter_is_merged_into_a_plain_model_folder(run_dir):  # noqa: F
 
     base = AutoModelForCausalLM.from_pretrained(run_dir / "base")
     adapted = PeftModel.from_pretrained(base, run_dir / "sft" / "adapter").eval()
+    settings = json.loads((run_dir / "sft/adapter/adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "base" and not (run_dir / "sft/adapter/README.md").exists()
     ids = torch.arange(40)[None]
     plain = AutoModelForCausalLM.from_pretrained(run_dir / "sft").eval()
     torch.testing.assert_close(adapted(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
@@ -294,3 +296,16 @@ def test_accumulation_follows_from_a_steps_rows():
         set_accumulation(30, args, {})
     with pytest.raises(ValueError, match="leave one of them out"):
         set_accumulation(32, args, {"gradient_accumulation_steps": 2})
+
+
+def test_muon_is_for_models_it_knows(run_dir, tiny_model, tiny_tokenizer):  # noqa: F811
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(run_dir / "llama")
+    tiny_tokenizer.save_pretrained(run_dir / "llama")
+    with pytest.raises(ValueError, match="not those of llama; set `optimizer: adamw`"):
+        run_sft(stage_config(run_dir, start_from=str(run_dir / "llama")), arguments(), {})

@@ -105,8 +105,16 @@ def compare_arithmetic(records: RunRecords, before: str, after: str) -> dict | N
         f"only_{after}_right": only_after,
         "both_wrong": pairs.count((False, False)),
         "difference": (only_after - only_before) / max(len(pairs), 1),
+        "difference_stderr": paired_standard_error(only_before, only_after, len(pairs)),
         "p_value": sign_test(only_before, only_after),
     }
+
+
+def paired_standard_error(losses: int, wins: int, num_problems: int) -> float:
+    """Standard error of the mean difference (wins - losses) / num_problems of the same problems scored twice."""
+    if not num_problems:
+        return math.nan
+    return math.sqrt(losses + wins - (wins - losses) ** 2 / num_problems) / num_problems
 
 
 def sign_test(losses: int, wins: int) -> float:

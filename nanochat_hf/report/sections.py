@@ -185,7 +185,8 @@ def paired_test(paired: dict | None) -> str:
     return (
         f"SFT and RL on the same {paired['num_problems']} arithmetic problems: both right {paired['both_right']}, "
         f"only SFT right {paired['only_sft_right']}, only RL right {paired['only_rl_right']}, "
-        f"both wrong {paired['both_wrong']}; difference {paired['difference']:+.4f}, "
+        f"both wrong {paired['both_wrong']}; difference {paired['difference']:+.4f} "
+        f"(standard error {paired['difference_stderr']:.4f}), "
         f"exact two-sided McNemar test p = {paired['p_value']:.3g}."
     )
 
