@@ -198,7 +198,7 @@ def test_the_recipe_writes_a_record_a_model(tmp_path, tiny_model, tiny_tokenizer
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"stages": ["basis"]}, "'basis' is none of base, mid, sft, rl; did you mean 'base'"),
+        ({"stages": ["basis"]}, "'basis' is none of base, mid, sft, rl, dpo; did you mean 'base'"),
         ({"stages": ["mid"]}, "holds no model yet; run the mid stage first"),
         ({"stages": [], "core_data": "nowhere"}, "core_data=nowhere: no such folder"),
     ],
