@@ -54,8 +54,12 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     if tokenizer is not None:
         model.generation_config = generation_settings(tokenizer)
         tokenizer.save_pretrained(folder)
-    # AutoModel opens the folder too; save_pretrained itself only lists the class being saved.
-    model.config.auto_map = {"AutoModel": "modeling_nanochat_hf.NanoChatHFModel"}
+    # save_pretrained itself only lists AutoModelForCausalLM. AutoModel opens the folder too, and so does `transformers
+    # serve`, which looks remote code up under AutoModelForDecision and nowhere else (as of transformers 5.23).
+    model.config.auto_map = {
+        "AutoModel": "modeling_nanochat_hf.NanoChatHFModel",
+        "AutoModelForDecision": "modeling_nanochat_hf.NanoChatHFForCausalLM",
+    }
     model.save_pretrained(folder)
 
 

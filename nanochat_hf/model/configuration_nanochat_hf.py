@@ -6,6 +6,7 @@ of the published d20 report (also transformers' native `nanochat`).
 """
 
 import difflib
+import re
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -70,7 +71,14 @@ class NanoChatHFConfig(PreTrainedConfig):
         "layers.*.self_attn.ve_gate": "colwise",
         "layers.*.mlp.fc1": "colwise",
         "layers.*.mlp.fc2": "rowwise",
+        "value_embeds.*.weight": "embedding_colwise",  # a slice of each vector: the values of a process's own heads
+        "value_embeds.*": "local_params",
     }
+    base_model_fsdp_plan = {
+        "embed_tokens": "free_full_weight",
+        "value_embeds.*": "free_full_weight",
+        "layers.*": "free_full_weight",
+    }  # the head stays in the root's group: the chunked loss reads its weight without calling it
 
     architecture: str = "2026-07"
     vocab_size: int = 32768
@@ -129,6 +137,12 @@ class NanoChatHFConfig(PreTrainedConfig):
         self._derive_windows()
         if self.tie_word_embeddings:
             raise ValueError("tie_word_embeddings=True is not nanochat: the head is untied; set it to False")
+        if not self.use_value_embeddings:  # a rule that names nothing draws a warning
+            for name in ("base_model_tp_plan", "base_model_fsdp_plan"):
+                rules = getattr(self, name).items()
+                setattr(
+                    self, name, {rule: style for rule, style in rules if not re.search("value_embeds|ve_gate", rule)}
+                )
         super().__post_init__(**kwargs)
 
     def _derive_head_dim(self) -> None:

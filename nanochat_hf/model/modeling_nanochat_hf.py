@@ -192,6 +192,16 @@ class NanoChatHFPreTrainedModel(PreTrainedModel):
             initializer(module.weight)
         elif isinstance(module, NanoChatHFModel):
             module.init_scalars()
+        elif isinstance(module, nn.Linear | nn.Embedding):  # made by `resize_token_embeddings(mean_resizing=False)`
+            init.normal_(module.weight, std=0.02)
+
+    def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True) -> nn.Embedding:
+        """Resize the value embeddings along with the token embedding and the head."""
+        resized = super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        for key, table in getattr(self.base_model, "value_embeds", {}).items():
+            table = self._get_resized_embeddings(table, resized.num_embeddings, mean_resizing=mean_resizing)
+            self.base_model.value_embeds[key] = table
+        return resized
 
 
 class NanoChatHFModel(NanoChatHFPreTrainedModel):
@@ -205,13 +215,9 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
         self.layers = nn.ModuleList(NanoChatHFDecoderLayer(config, i) for i in range(num_layers))
         if config.use_value_embeddings:
             bound, kv_width = math.sqrt(3 / width), config.num_key_value_heads * config.head_dim
-            self.value_embeds = nn.ModuleDict(
-                {
-                    str(i): embedding(config.vocab_size, kv_width, partial(init.uniform_, a=-bound, b=bound))
-                    for i in range(num_layers)
-                    if config.has_value_embedding(i)
-                }
-            )
+            value_table = partial(embedding, config.vocab_size, kv_width, partial(init.uniform_, a=-bound, b=bound))
+            value_layers = filter(config.has_value_embedding, range(num_layers))
+            self.value_embeds = nn.ModuleDict({str(i): value_table() for i in value_layers})
         if config.use_residual_scalars:
             self.resid_lambdas = nn.Parameter(torch.empty(num_layers))
             self.x0_lambdas = nn.Parameter(torch.empty(num_layers))
@@ -243,16 +249,10 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
     @staticmethod
     def create_masks(config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs) -> dict:
         """One mask a kind of layer; the last layer is always full, so its cache sizes the full mask."""
-        arguments = {
-            "config": config,
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-            "position_ids": position_ids,
-        }
-        masks = {"full_attention": create_causal_mask(layer_idx=config.num_hidden_layers - 1, **arguments)}
+        arguments = (config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        masks = {"full_attention": create_causal_mask(*arguments, layer_idx=config.num_hidden_layers - 1)}
         if "sliding_attention" in config.layer_types:
-            masks["sliding_attention"] = create_sliding_window_causal_mask(**arguments)
+            masks["sliding_attention"] = create_sliding_window_causal_mask(*arguments)
         return masks
 
     def smear(self, x, attention_mask, position_ids, past_key_values) -> torch.Tensor:
@@ -278,7 +278,7 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             real = F.pad(attention_mask, (1, 0))[:, -time - 1 : -1] != 0
             previous = previous * real[:, first:].unsqueeze(-1)
-        mixed = rest + self.smear_lambda.to(x.dtype) * gate * previous
+        mixed = rest + self.smear_lambda.to(x) * gate * previous
         return torch.cat((unmixed, mixed), dim=1) if first else mixed
 
     @merge_with_config_defaults
@@ -306,7 +306,7 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
             ValueError: neither input_ids nor inputs_embeds, or embeddings alone where value embeddings need ids.
         """
         if input_ids is None and (inputs_embeds is None or self.config.use_value_embeddings):
-            raise ValueError("input_ids are needed (value embeddings look tokens up, inputs_embeds alone will not do)")
+            raise ValueError("give input_ids, beside inputs_embeds too: the value embeddings look tokens up")
         if input_ids is not None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             check_ids(input_ids, self.config.vocab_size)
         if inputs_embeds is None:
@@ -330,10 +330,11 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
         rotary = rotary_tables(self.config, position_ids, x.dtype)
         for i, layer in enumerate(self.layers):
             if self.config.use_residual_scalars:
-                x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
+                # To x's device as well: `device_map` may have put the layers on several.
+                x = self.resid_lambdas[i].to(x) * x + self.x0_lambdas[i].to(x) * x0.to(x.device)
             value_embedding = None
             if self.config.has_value_embedding(i):
-                value_embedding = self.value_embeds[str(i)](input_ids).to(x.dtype)
+                value_embedding = self.value_embeds[str(i)](input_ids).to(x)
             sliding = self.config.layer_types[i] == "sliding_attention"
             x = layer(
                 x,
@@ -346,7 +347,7 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
             if self.config.use_backout and i == middle:
                 x_middle = x
         if self.config.use_backout:
-            x = x - self.backout_lambda.to(x.dtype) * x_middle
+            x = x - self.backout_lambda.to(x) * x_middle.to(x.device)
         x = rms_norm(x, self.config.rms_norm_eps)
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values)
 
@@ -415,7 +416,6 @@ class NanoChatHFForCausalLM(NanoChatHFPreTrainedModel, GenerationMixin):
     """The language model: backbone, untied head, softcapped fp32 logits."""
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     create_masks_for_generate = staticmethod(NanoChatHFModel.create_masks)
 
     def __init__(self, config: NanoChatHFConfig):
@@ -425,6 +425,27 @@ class NanoChatHFForCausalLM(NanoChatHFPreTrainedModel, GenerationMixin):
         head_initializer = init.zeros_ if config.architecture == "2025-10" else partial(init.normal_, std=0.001)
         self.lm_head = linear(config.hidden_size, config.vocab_size, head_initializer)
         self.post_init()
+
+    def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, **kwargs) -> dict:
+        """The usual inputs; a prompt's ids go beside its embeddings, as value embeddings need them."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        embeds = inputs.get("inputs_embeds")
+        if embeds is not None and input_ids.shape[1] >= embeds.shape[1]:
+            inputs["input_ids"] = input_ids[:, -embeds.shape[1] :]
+        return inputs
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """As in transformers, for a model without smear.
+
+        Raises:
+            ValueError: a model with smear: the paged cache has no place for its state, the previous embedding.
+        """
+        if self.config.use_smear:
+            raise ValueError(
+                "continuous batching keeps keys and values in pages and has no place for smear's state; use generate() "
+                "on left-padded batches (`transformers serve` without --continuous-batching), or a 2025-10 model"
+            )
+        return super().init_continuous_batching(*args, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -453,15 +474,8 @@ class NanoChatHFForCausalLM(NanoChatHFPreTrainedModel, GenerationMixin):
 
         The other arguments are `NanoChatHFModel.forward`'s. A batch without any target has loss 0.
         """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        outputs = self.model(*inputs, use_cache=use_cache, **kwargs)
         hidden, softcap = outputs.last_hidden_state, self.config.final_logit_softcapping
         loss = logits = None
         if labels is not None and shift_labels is None:
@@ -479,13 +493,7 @@ class NanoChatHFForCausalLM(NanoChatHFPreTrainedModel, GenerationMixin):
                 predictions = logits[:, :num_targets].flatten(0, 1)
                 total = F.cross_entropy(predictions, shift_labels.flatten(), reduction="sum")
             loss = total / num_items_in_batch
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
 
 
 __all__ = ["NanoChatHFPreTrainedModel", "NanoChatHFModel", "NanoChatHFForCausalLM"]
