@@ -222,3 +222,14 @@ class GRPOBenchmarkConfig:
     max_completion_length: int = field(default=64, metadata={"help": "most tokens of an answer"})
     rounds: int = field(default=3, metadata={"help": "turns of each side; the median counts"})
     output: str | None = field(default=None, metadata={"help": "JSON file to write"})
+
+
+@dataclass
+class DecodeBenchmarkConfig:
+    """`benchmark.py decode`: a model, and how much it reads and writes."""
+
+    model: str = field(default="runs/tiny/rl", metadata={"help": "a model folder"})
+    prompt_tokens: int = field(default=50, metadata={"help": "tokens of each prompt"})
+    new_tokens: int = field(default=128, metadata={"help": "tokens written after each prompt"})
+    rounds: int = field(default=5, metadata={"help": "turns of each side; the median counts"})
+    output: str | None = field(default=None, metadata={"help": "JSON file to write"})

@@ -17,6 +17,7 @@ import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import calculator
+from .decode_step import DecodeStep, can_step
 from .kv_cache import growing_cache, select_rows
 from .sampling import Sampling, pick_tokens, row_uniforms
 from .tokenizer import encode_text
@@ -29,7 +30,8 @@ class Completion:
     Attributes:
         token_ids: everything after the prompt, tool results and the token that ended the turn included.
         sampled: per token, whether the model chose it; False = forced (a tool's output span), not to be trained on.
-        logprobs: per token, under softmax(logits / temperature) over the whole vocabulary; 0.0 where forced.
+        logprobs: per token, under softmax(logits / temperature) over the whole vocabulary; 0.0 where forced, and
+            everywhere unless they were asked for.
         finished: whether the model ended the turn itself (else it ran into `max_new_tokens`).
     """
 
@@ -120,6 +122,7 @@ def generate_completions(
     seed: int = 0,
     use_calculator: bool = True,
     max_batch_size: int = 256,
+    with_logprobs: bool = False,
 ) -> list[Completion]:
     """Complete every prompt; a prompt given several times is completed several times, independently.
 
@@ -129,6 +132,7 @@ def generate_completions(
         temperature: 0 = greedy.
         seed: the completion of prompt number i depends on (seed, i), not on its neighbours.
         max_batch_size: rows decoded together; bounds memory.
+        with_logprobs: whether to compute them, which takes time.
 
     Returns:
         One `Completion` a prompt, in the prompts' order.
@@ -152,7 +156,10 @@ def generate_completions(
         for start in range(0, len(order), max_batch_size):
             chosen = order[start : start + max_batch_size]
             draws = None if uniforms is None else uniforms[chosen]
-            for _ in decode([rows[i] for i in chosen], model, sampling, draws, max_new_tokens):
+            decoding = decode(
+                [rows[i] for i in chosen], model, sampling, draws, max_new_tokens, with_logprobs=with_logprobs
+            )
+            for _ in decoding:
                 pass
     finally:
         model.train(was_training)
@@ -167,6 +174,7 @@ def decode(
     uniforms: torch.Tensor | None,
     max_new_tokens: int,
     cache: Cache | None = None,
+    with_logprobs: bool = False,
 ) -> Iterator[None]:
     """Advance all rows together until each has ended; yields after every token, so a caller may stream or stop.
 
@@ -182,13 +190,16 @@ def decode(
     logits, mask = _read_prompts(rows, model, cache)
     lengths = torch.tensor([len(row.prompt) for row in rows], device=device)
     seen = _seen_tokens(rows, logits) if sampling.repetition_penalty != 1.0 else None
+    only_order_matters = not (sampling.temperature or with_logprobs or seen is not None)
+    fast_step = DecodeStep(model, with_softcap=not only_order_matters) if can_step(model) else None
 
     for step in range(max_new_tokens):
         draws = None if uniforms is None else uniforms[:, step]
-        picked, logprobs = pick_tokens(logits, draws, sampling, seen)
+        picked, logprobs = pick_tokens(logits, draws, sampling, seen, with_logprobs)
+        logprobs = [0.0] * len(rows) if logprobs is None else logprobs.tolist()
         tokens = [
             token if row.completion.finished else row.take(token, logprob)
-            for row, token, logprob in zip(rows, picked.tolist(), logprobs.tolist(), strict=True)
+            for row, token, logprob in zip(rows, picked.tolist(), logprobs, strict=True)
         ]
         yield
         going = [i for i, row in enumerate(rows) if not row.completion.finished]
@@ -207,7 +218,10 @@ def decode(
             seen.scatter_(1, next_ids[:, None], True)
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        logits = _forward(model, next_ids[:, None], mask, (lengths + step)[:, None], cache)
+        if fast_step is not None:
+            logits = fast_step(next_ids, lengths + step, cache, mask)
+        else:
+            logits = _forward(model, next_ids[:, None], mask, (lengths + step)[:, None], cache)
 
 
 def _read_prompts(rows: list[Row], model: PreTrainedModel, cache: Cache) -> tuple[torch.Tensor, torch.Tensor | None]:

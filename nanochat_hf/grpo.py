@@ -164,6 +164,7 @@ def rollout(prompts: list, trainer: GRPOTrainer) -> dict[str, list]:
             temperature=args.temperature,
             top_k=args.top_k or None,
             seed=(args.seed + trainer.state.global_step) * args.world_size + args.process_index,
+            with_logprobs=True,
         )
     env_mask = [trained_tokens(completion, trainer.eos_token_ids) for completion in completions]
     trainer._metrics["train"]["empty_groups"].append(empty_groups(env_mask, args.num_generations))

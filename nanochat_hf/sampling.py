@@ -53,14 +53,19 @@ def row_uniforms(seed: int, rows: Iterable[int], num_steps: int) -> torch.Tensor
 
 
 def pick_tokens(
-    logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling, seen: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    logits: torch.Tensor,
+    uniforms: torch.Tensor | None,
+    sampling: Sampling,
+    seen: torch.Tensor | None = None,
+    with_logprobs: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The next token of every row, and how likely the model found it.
 
     Args:
         logits: (rows, vocab).
         uniforms: (rows,) in [0, 1); ignored when greedy.
         seen: (rows, vocab) bool, tokens the repetition penalty applies to.
+        with_logprobs: without, None in their place; on a CPU they take longer than the choice itself.
 
     Returns:
         tokens (rows,) int64, and logprobs (rows,) float32 under softmax(logits / temperature) over the whole
@@ -69,8 +74,6 @@ def pick_tokens(
     logits = logits.float()
     scale = sampling.temperature or 1.0
     scores = logits if scale == 1.0 else logits / scale
-    log_normaliser = scores.logsumexp(-1)
-
     allowed = scores
     if seen is not None:
         penalised = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
@@ -79,7 +82,9 @@ def pick_tokens(
         tokens = allowed.argmax(-1)
     else:
         tokens = _draw(allowed, uniforms, sampling)
-    return tokens, scores.gather(1, tokens[:, None])[:, 0] - log_normaliser
+    if not with_logprobs:
+        return tokens, None
+    return tokens, scores.gather(1, tokens[:, None])[:, 0] - scores.logsumexp(-1)
 
 
 def _draw(scores: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> torch.Tensor:

@@ -6,7 +6,9 @@ from scripted import scripted
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, NanoChatConfig, NanoChatForCausalLM
 
 from nanochat_hf import NanoChatHFConfig, NanoChatHFForCausalLM
+from nanochat_hf.decode_step import DecodeStep, can_step
 from nanochat_hf.generation import generate_completions
+from nanochat_hf.kv_cache import growing_cache
 from nanochat_hf.tokenizer import encode_prompt, encode_text, special_ids
 
 NEW_TOKENS = 24
@@ -63,6 +65,27 @@ def test_greedy_with_other_architectures(number, tiny_tokenizer, special, prompt
     ends = [special["bos"], special["assistant_end"]]
     for prompt, completion in zip(prompts, completions, strict=True):
         assert completion.token_ids == naive_greedy(model, prompt, ends, NEW_TOKENS)
+
+
+def test_the_fast_step_gives_the_forward_passes_logits(tiny_model, tiny_tokenizer, prompts):
+    """Padded rows, windows, both generations; and not where a layer was replaced or hooked."""
+    for model in [tiny_model, next(other_models(len(tiny_tokenizer))).eval()]:
+        assert can_step(model)
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+        cache = growing_cache(model.config)
+        with torch.no_grad():
+            expected = model(ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits[:, -1]
+            model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=position_ids[:, :-1], past_key_values=cache)
+            logits = DecodeStep(model)(ids[:, -1], position_ids[:, -1], cache, mask)
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    handle = model.lm_head.register_forward_hook(lambda *_: None)
+    assert not can_step(model)
+    handle.remove()
+    model.lm_head = type("LoRA", (torch.nn.Linear,), {})(model.config.hidden_size, model.config.vocab_size, bias=False)
+    assert not can_step(model)
 
 
 def test_calculator_result_is_forced_and_marked(tiny_tokenizer, special, prompts):
@@ -133,7 +156,10 @@ def test_samples_of_a_prompt_differ_from_the_first_token_and_repeat_with_the_see
 
 
 def test_logprobs_are_those_of_the_models_own_forward(tiny_model, tiny_tokenizer, prompts):
-    completions = generate_completions(tiny_model, tiny_tokenizer, prompts, 12, temperature=0.8, top_k=5, seed=3)
+    settings = {"temperature": 0.8, "top_k": 5, "seed": 3}
+    completions = generate_completions(tiny_model, tiny_tokenizer, prompts, 12, with_logprobs=True, **settings)
+    without = generate_completions(tiny_model, tiny_tokenizer, prompts, 12, **settings)
+    assert [c.token_ids for c in without] == [c.token_ids for c in completions] and set(without[0].logprobs) == {0.0}
     for prompt, completion in zip(prompts, completions, strict=True):
         ids = torch.tensor([prompt + completion.token_ids])
         with torch.no_grad():

@@ -13,8 +13,8 @@ PACKAGE = ROOT / "nanochat_hf"
 FLOORS = [
     "configs configs_post_training scaling recipe stage hardware",
     "model chat_format chat_templates tokenizer tokenizer_texts interop_tokenizer",
-    "calculator sampling kv_cache rewards optim_shards optim_state muon optim fsdp attention fp8 training_step data "
-    "generation checkpoint evaluation tokenizer_evaluation",
+    "calculator sampling kv_cache decode_step rewards optim_shards optim_state muon optim fsdp attention fp8 "
+    "training_step data generation checkpoint evaluation tokenizer_evaluation",
     "code_reward trl_callbacks trl_stage rollouts",
     "tokenizer_training pretrain sft dpo grpo chat report hub interop benchmark",
 ]
@@ -22,6 +22,7 @@ TOP = len(FLOORS) - 1
 # Files that share a room of the top floor with the file that the room is named after.
 ROOMMATES = {
     "streaming": "chat",
+    "chat_service": "chat",
     "terminal": "chat",
     "space": "chat",
     "pretrain_plan": "pretrain",

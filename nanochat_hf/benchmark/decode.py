@@ -1,0 +1,120 @@
+"""Decoding: our loop beside transformers' `generate` with a dynamic cache, both greedy, one conversation and sixteen.
+
+Both read the same prompts in the model's own precision (fp32 on a CPU) and write the same number of tokens, past any
+end of turn; `tokens_equal` says whether these are the same. Neither side compiles anything.
+
+    python scripts/benchmark.py decode --model runs/tiny/rl --output decode.json
+"""
+
+import time
+from itertools import islice
+from statistics import median
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..checkpoint import load_model
+from ..configs import DecodeBenchmarkConfig
+from ..data.corpus import load_corpus
+from ..generation import Row, TurnTokens, decode
+from ..sampling import Sampling
+from ..tokenizer import encode_text
+
+CONFIG = DecodeBenchmarkConfig
+BATCH_SIZES = (1, 16)
+SIDES = ("generate", "ours")
+
+
+def run(config: DecodeBenchmarkConfig) -> tuple[dict, str]:
+    """Measure both sides at each batch size; returns the figures and their table."""
+    if config.rounds < 1 or config.prompt_tokens < 1 or config.new_tokens < 2:
+        raise ValueError("rounds and prompt_tokens must be 1 or more, new_tokens 2 or more")
+    model, tokenizer = load_model(config.model)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    room = model.config.max_position_embeddings
+    if config.prompt_tokens + config.new_tokens > room:
+        raise ValueError(f"prompt_tokens + new_tokens must be within the model's {room} tokens")
+    prompts = make_prompts(tokenizer, config.prompt_tokens)
+    batches = {size: compare(model, tokenizer, prompts[:size], config) for size in BATCH_SIZES}
+    results = {f"speedup_batch_{size}": sides["speedup"] for size, sides in batches.items()}
+    results |= {
+        "tokens_equal": all(sides["tokens_equal"] for sides in batches.values()),
+        "compile_seconds": 0.0,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "num_parameters": model.num_parameters(),
+        "batches": {str(size): sides for size, sides in batches.items()},
+    }
+    return results, table(results)
+
+
+def make_prompts(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> list[list[int]]:
+    """As many beginnings of texts as the largest batch needs, each `num_tokens` long."""
+    texts = (encode_text(tokenizer, text) for text in load_corpus("embedded", "val"))
+    start = [tokenizer.bos_token_id]
+    return list(islice(((start + ids)[:num_tokens] for ids in texts if len(ids) >= num_tokens), max(BATCH_SIZES)))
+
+
+def compare(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], config: DecodeBenchmarkConfig
+) -> dict:
+    """Both sides in turns, after one turn each to warm up; the median over the rounds counts."""
+    runs = {
+        "generate": lambda n: run_generate(model, prompts, n),
+        "ours": lambda n: run_ours(model, tokenizer, prompts, n),
+    }
+    seconds = {side: {"first": [], "all": []} for side in SIDES}
+    tokens = {side: runs[side](config.new_tokens) for side in SIDES}
+    for _ in range(config.rounds):
+        for side in SIDES:
+            for what, num_tokens in (("first", 1), ("all", config.new_tokens)):
+                started = time.perf_counter()
+                runs[side](num_tokens)
+                seconds[side][what].append(time.perf_counter() - started)
+    figures: dict = {"tokens_equal": tokens["generate"] == tokens["ours"]}
+    for side in SIDES:
+        rate = config.new_tokens / median(seconds[side]["all"])
+        figures[side] = {
+            "tokens_per_second": rate * len(prompts),
+            "tokens_per_second_per_stream": rate,
+            "first_token_seconds": median(seconds[side]["first"]),
+            "seconds_by_round": seconds[side]["all"],
+        }
+    figures["speedup"] = figures["ours"]["tokens_per_second"] / figures["generate"]["tokens_per_second"]
+    return figures
+
+
+def run_generate(model: PreTrainedModel, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+    ids = torch.tensor(prompts, device=model.device)
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "cache_implementation": "dynamic"}
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, **settings)
+    return output[:, ids.shape[1] :].tolist()
+
+
+def run_ours(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], num_tokens: int
+) -> list[list[int]]:
+    turn = TurnTokens(tokenizer)
+    turn.ends = set()
+    rows = [Row(prompt, turn, use_calculator=False) for prompt in prompts]
+    for _ in decode(rows, model, Sampling(), None, num_tokens):
+        pass
+    return [row.completion.token_ids for row in rows]
+
+
+def table(results: dict) -> str:
+    """The figures as Markdown."""
+    lines = ["| batch | side | tok/s | tok/s a stream | first token | speedup |", "|---|---|--:|--:|--:|--:|"]
+    for size, sides in results["batches"].items():
+        for side in SIDES:
+            figures, is_ours = sides[side], side == "ours"
+            cells = [
+                size,
+                side,
+                f"{figures['tokens_per_second']:,.0f}",
+                f"{figures['tokens_per_second_per_stream']:,.0f}",
+                f"{1000 * figures['first_token_seconds']:.1f} ms",
+                f"{sides['speedup']:.2f}x" if is_ours else "",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    same = "the same" if results["tokens_equal"] else "NOT the same"
+    return "\n".join(lines) + f"\n\n{same} greedy tokens on both sides; {results['dtype']}; nothing was compiled"

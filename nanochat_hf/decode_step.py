@@ -1,0 +1,141 @@
+"""One token for every row of a batch: the model's forward pass at T = 1, written for speed.
+
+With one token a row, most of `model(...)` is the cost of its many small operations, not of arithmetic. Here q, k, v and
+the value gate come out of one matrix product, q and k are rotated and normed together, scalars are numbers, sums are
+folded into products, and no mask is built where none is needed. The result is the model's own up to rounding; the
+cache is the one its forward pass fills and goes on using.
+
+    step = DecodeStep(model) if can_step(model) else None
+    logits = step(ids, positions, cache, mask)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Cache, PreTrainedModel
+
+from .model.modeling_nanochat_hf import SMEAR_CHANNELS, VALUE_GATE_CHANNELS, rotary_tables
+
+
+def can_step(model: PreTrainedModel) -> bool:
+    """Whether `DecodeStep` computes what this model does: ours, with no layer replaced (LoRA, quantised) or hooked."""
+    if getattr(model.config, "model_type", None) != "nanochat_hf":
+        return False
+    modules = list(model.modules())
+    return (
+        all(type(m) is nn.Linear for m in modules if hasattr(m, "in_features"))
+        and all(type(p) is nn.Parameter for p in model.parameters())  # no tensor-parallel or sharded ones
+        and not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+        and model.config.hidden_act == "relu2"
+    )
+
+
+class DecodeStep:
+    """Reads the weights when made: make it anew after they have changed.
+
+    Under autocast the weights are cast once, here, and not at every step.
+
+    Args:
+        with_softcap: without, logits keep their order and not their size: enough to find the likeliest.
+    """
+
+    def __init__(self, model: PreTrainedModel, with_softcap: bool = True):
+        self.config, self.with_softcap = model.config, with_softcap
+        config = model.config
+        device = model.device.type
+        autocast = torch.is_autocast_enabled(device)
+        self.dtype = torch.get_autocast_dtype(device) if autocast else model.dtype
+        backbone = model.model
+        self.embedding = backbone.embed_tokens.weight
+        self.head = model.lm_head.weight.to(self.dtype)
+        self.eps = config.rms_norm_eps
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.scalars = [(1.0, 0.0)] * config.num_hidden_layers
+        if config.use_residual_scalars:
+            self.scalars = list(zip(backbone.resid_lambdas.tolist(), backbone.x0_lambdas.tolist(), strict=True))
+        self.backout = backbone.backout_lambda.item() if config.use_backout else 0.0
+        if config.use_smear:
+            self.smear_gate, self.smear_scale = backbone.smear_gate.weight.to(self.dtype), backbone.smear_lambda.item()
+        self.value_embeddings = [
+            backbone.value_embeds[str(i)].weight if config.has_value_embedding(i) else None
+            for i in range(config.num_hidden_layers)
+        ]
+        self.layers = [self._layer_weights(layer) for layer in backbone.layers]
+
+    def _layer_weights(self, layer: nn.Module) -> tuple[torch.Tensor, ...]:
+        """q, k, v and value gate as one matrix (out, D); o, fc1 and fc2 as (in, out)."""
+        attention = layer.self_attn
+        joint = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+        if hasattr(attention, "ve_gate"):  # it reads the first channels only
+            gate = attention.ve_gate.weight
+            joint.append(F.pad(gate, (0, self.config.hidden_size - VALUE_GATE_CHANNELS)))
+        others = (attention.o_proj, layer.mlp.fc1, layer.mlp.fc2)
+        return torch.cat(joint).to(self.dtype), *(linear.weight.to(self.dtype).t() for linear in others)
+
+    def __call__(
+        self, ids: torch.Tensor, positions: torch.Tensor, cache: Cache, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Logits (B, V) fp32 of the token after each row's newest.
+
+        Args:
+            ids: (B,) the newest token of every row.
+            positions: (B,) its position in the row, padding not counted; 1 or more.
+            cache: what the model has read; the new token is added.
+            mask: (B, seen + 1) with 0 at padding, or None.
+        """
+        with torch.autocast(ids.device.type, enabled=False):
+            return self._step(ids, positions, cache, mask)
+
+    def _step(self, ids, positions, cache, mask) -> torch.Tensor:
+        config, batch, head_dim = self.config, len(ids), self.config.head_dim
+        num_qk = self.num_heads + self.num_kv_heads
+        qk_width, kv_width = num_qk * head_dim, self.num_kv_heads * head_dim
+        cos, sin = (table.view(batch, 1, -1) for table in rotary_tables(config, positions[:, None], self.dtype))
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)  # (B, 1, d)
+        if mask is not None:
+            mask = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill_(mask == 0, float("-inf"))
+            mask = mask[:, None, None]
+        x = self._norm(F.embedding(ids, self.embedding).to(self.dtype))  # (B, D)
+        if config.use_smear:
+            states = cache.update_conv_state(x[:, :, None], config.num_hidden_layers - 1, conv_kernel_size=1)
+            gate = torch.sigmoid(F.linear(x[:, :SMEAR_CHANNELS], self.smear_gate))
+            x = torch.addcmul(x, gate, states[:, :, -2], value=self.smear_scale)
+        x0 = x
+        for i, (joint, out, fc1, fc2) in enumerate(self.layers):
+            resid_scale, x0_scale = self.scalars[i]
+            if config.use_residual_scalars:
+                x = (x0 * x0_scale).add_(x, alpha=resid_scale)
+            projected = F.linear(self._norm(x), joint)
+            qk = projected[:, :qk_width].view(batch, num_qk, head_dim)
+            v = projected[:, qk_width : qk_width + kv_width].view(batch, self.num_kv_heads, head_dim)
+            if self.value_embeddings[i] is not None:
+                gate = torch.sigmoid(projected[:, qk_width + kv_width :]).unsqueeze(-1)  # (B, K, 1)
+                v = torch.addcmul(
+                    v, gate, F.embedding(ids, self.value_embeddings[i]).to(self.dtype).view_as(v), value=3
+                )
+            qk = (qk * cos).addcmul_(qk.roll(head_dim // 2, -1), sin)
+            qk = self._norm(qk)
+            if config.qk_scale != 1:
+                qk *= config.qk_scale
+            qk, v = qk[:, :, None], v[:, :, None]  # (B, heads, 1, d)
+            k, v = cache.update(qk[:, self.num_heads :], v, i)
+            attended = F.scaled_dot_product_attention(
+                qk[:, : self.num_heads],
+                k,
+                v,
+                attn_mask=None if mask is None else mask[..., -k.shape[2] :],
+                enable_gqa=self.num_heads != self.num_kv_heads,
+            )
+            x = torch.addmm(x, attended.view(batch, -1), out)
+            x = torch.addmm(x, F.relu(self._norm(x) @ fc1).square_(), fc2)
+            if config.use_backout and i == config.num_hidden_layers // 2:
+                x_middle = x
+        if config.use_backout:
+            x = torch.add(x, x_middle, alpha=-self.backout)
+        logits = F.linear(self._norm(x), self.head).float()
+        if not self.with_softcap:
+            return logits
+        return logits.div_(config.final_logit_softcapping).tanh_().mul_(config.final_logit_softcapping)
+
+    def _norm(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (x.shape[-1],), eps=self.eps)
