@@ -44,7 +44,6 @@ class ChatSession:
         self._ids: list[int] = []  # the messages as the model read and wrote them
         self._cache = None  # of the first tokens of _ids
         self._notices_given: set[str] = set()
-        self._num_answers = 0
 
     def reply(
         self, messages: list[dict], sampling: Sampling, max_new_tokens: int = 512, seed: int = 0
@@ -55,7 +54,7 @@ class ChatSession:
             messages: the whole conversation, [{"role", "content"}], a user message last: usually
                 `session.messages` and one more, but any other (a retry, an edited past) is as good.
             max_new_tokens: limit of the answer, tool output included.
-            seed: together with the number of answers given so far it decides the draws.
+            seed: together with the number of answers in `messages` it decides the draws.
 
         Raises:
             ValueError: no user message at the end, or one longer than the model's context.
@@ -66,8 +65,8 @@ class ChatSession:
             yield ChatEvent("notice", notice)
         cache = self._reusable_cache(ids)
         num_tokens = min(max_new_tokens, self.context_tokens - len(ids))
-        uniforms = row_uniforms(seed, [self._num_answers], num_tokens) if sampling.temperature else None
-        self._num_answers += 1
+        num_answers = sum(message["role"] == "assistant" for message in messages)
+        uniforms = row_uniforms(seed, [num_answers], num_tokens) if sampling.temperature else None
         row = Row(ids, self.turn, use_calculator=self.format == "nanochat")
         answer = AnswerStream(self.tokenizer, self.turn)
         intact = False  # whether the cache is whole: not when an interrupt hits the model between two layers

@@ -54,3 +54,19 @@ def scripted(tokenizer, script_of, context_tokens=2048):
         return script_of(history[:start])[position]
 
     return ScriptedModel(len(tokenizer), next_token, context_tokens)
+
+
+def echo(tokenizer, **kwargs):
+    """Repeats the message, `long ...` a hundred times; a message of digits and operators is calculated instead."""
+    special = special_ids(tokenizer)
+
+    def script_of(prompt):
+        start = len(prompt) - prompt[::-1].index(special["<|user_start|>"])
+        message = prompt[start : prompt.index(special["<|user_end|>"], start)]
+        text = tokenizer.decode(message)
+        if set(text) <= set("0123456789+*"):
+            call = [special["<|python_start|>"], *message, special["<|python_end|>"]]
+            return [*b"It is ", *call, *b".", special["<|assistant_end|>"]]
+        return [*message * (100 if text.startswith("long") else 1), special["<|assistant_end|>"]]
+
+    return scripted(tokenizer, script_of, **kwargs)

@@ -195,17 +195,19 @@ def test_why_an_answer_ended(max_new_tokens, text, reason, parrot, tiny_tokenize
     assert events[-1] == ChatEvent("end", reason)
 
 
-def test_a_seed_repeats_a_conversation_and_a_retry_draws_anew(tiny_model, tiny_tokenizer):
+def test_a_seed_repeats_a_conversation_whatever_the_session_saw_before(tiny_model, tiny_tokenizer):
     hot = Sampling(temperature=1.0, top_k=50)
+    session = ChatSession(tiny_model, tiny_tokenizer)
 
     def converse(seed):
-        session = ChatSession(tiny_model, tiny_tokenizer)
-        return [answer_text(say(session, "Hi", hot, max_new_tokens=8, seed=seed)) for _ in range(2)]
+        answers, messages = [], []
+        for _ in range(2):
+            answers.append(answer_text(list(session.reply([*messages, user("Hi")], hot, 8, seed))))
+            messages = session.messages
+        return answers
 
-    assert converse(1) == converse(1) != converse(2)
-    session = ChatSession(tiny_model, tiny_tokenizer)
-    answers = [list(session.reply([user("Hi")], hot, max_new_tokens=8, seed=1)) for _ in range(2)]
-    assert answers[0] != answers[1]
+    first, again, other = converse(1), converse(1), converse(2)
+    assert first == again != other and first[0] != first[1]
 
 
 def byte_tokenizer(**settings):

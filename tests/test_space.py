@@ -16,12 +16,12 @@ import yaml
 gr = pytest.importorskip("gradio", reason="the extra `space` is not installed")
 from gradio_client import Client  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
-from scripted import scripted  # noqa: E402
+from scripted import echo  # noqa: E402
 
+import nanochat_hf.chat_service as service  # noqa: E402
 import nanochat_hf.space.app as app  # noqa: E402
 from nanochat_hf.chat import ChatSession  # noqa: E402
 from nanochat_hf.sampling import Sampling  # noqa: E402
-from nanochat_hf.tokenizer import special_ids  # noqa: E402
 
 SPACE = Path(app.__file__).parent
 PACKAGE = SPACE.parent
@@ -30,18 +30,7 @@ SETTINGS = (0.0, 50, 99, 1)  # temperature, top-k, longest answer, seed
 
 @pytest.fixture(scope="module")
 def model(tiny_tokenizer):
-    """Repeats the message; a message of digits and operators is calculated instead."""
-    special = special_ids(tiny_tokenizer)
-
-    def script_of(prompt):
-        start = len(prompt) - prompt[::-1].index(special["<|user_start|>"])
-        message = prompt[start : prompt.index(special["<|user_end|>"], start)]
-        if set(tiny_tokenizer.decode(message)) <= set("0123456789+*"):
-            call = [special["<|python_start|>"], *message, special["<|python_end|>"]]
-            return [*b"It is ", *call, *b".", special["<|assistant_end|>"]]
-        return [*message, special["<|assistant_end|>"]]
-
-    return scripted(tiny_tokenizer, script_of)
+    return echo(tiny_tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +39,7 @@ def url(model, tiny_tokenizer):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(app, "load_chat_model", lambda name: (model, tiny_tokenizer))
         patch.setenv("MESSAGES_PER_MINUTE", "1000")
-        interface = app.build_app("someone/model")
+        interface = app.build_app(["someone/model", "someone/other"])
     interface.queue(max_size=app.MAX_QUEUED_ANSWERS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(app, "SECONDS_BETWEEN_UPDATES", 0.0)
@@ -79,7 +68,7 @@ def test_an_answer_streams(url):
 def test_a_tool_call_is_a_closed_step_between_the_texts(url):
     answer = Client(url, verbose=False).predict("6*7", *SETTINGS)
     assert texts(answer) == ["It is ", "42", "."]
-    assert answer[1]["metadata"] == {"title": app.TOOL_TITLE, "log": "6*7", "status": "done"}
+    assert answer[1]["metadata"] == {"title": service.TOOL_TITLE, "log": "6*7", "status": "done"}
 
 
 def test_a_conversation_keeps_its_cache_between_turns(url, model):
@@ -123,7 +112,7 @@ def test_the_history_of_a_browser_is_the_sessions_own(model, tiny_tokenizer):
     session = ChatSession(model, tiny_tokenizer)
     history = []
     for message in ("6*7", "and so on", "1+1"):
-        assert app.messages_of(history, message)[:-1] == session.messages
+        assert service.messages_of(history, message)[:-1] == session.messages
         shown = []
         for event in session.reply([*session.messages, {"role": "user", "content": message}], Sampling()):
             app.show(shown, event)
@@ -133,33 +122,74 @@ def test_the_history_of_a_browser_is_the_sessions_own(model, tiny_tokenizer):
 
 def test_a_question_left_unanswered_is_passed_over():
     history = [{"role": "user", "content": "lost"}]
-    assert app.messages_of(history, "asked again") == [{"role": "user", "content": "asked again"}]
+    assert service.messages_of(history, "asked again") == [{"role": "user", "content": "asked again"}]
+
+
+def test_commands_are_answered_and_not_shown_to_the_model(url, model):
+    client = Client(url, verbose=False)
+    client.predict("first", *SETTINGS)
+    [answer] = texts(client.predict("/topk 7", *SETTINGS))
+    assert answer == "top-k is 7 now." and app.moved_sliders("/topk 7")[1] == 7
+    del model.num_tokens_read[:]
+    assert texts(client.predict("second", *SETTINGS)) == ["second"]
+    assert model.num_tokens_read[0] < 15  # the conversation went on from its cache: the command was not in it
+    client.predict("/clear", *SETTINGS)
+    history = [{"role": "user", "content": text} for text in ("before", "/clear")]
+    assert service.messages_of(history, "after") == [{"role": "user", "content": "after"}]
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("/temperature 3", "a number from 0 to 2"),
+        ("/temperature warm", "a number from 0 to 2"),
+        ("/temperature nan", "a number from 0 to 2"),
+        ("/topk 2.5", "a whole number from 1 to 200"),
+        ("/frob", "no command `/frob`"),
+        ("/help", "/clear"),
+    ],
+)
+def test_a_wrong_command_changes_nothing_and_says_what_is_right(text, answer):
+    reply, changed = service.run_command(text)
+    assert answer in reply and changed == {}
+
+
+def test_text_with_a_slash_is_no_command():
+    assert not any(map(service.is_command, ("/usr/bin", "a /help", "/", "/help\nme")))
+
+
+def test_another_model_may_be_chosen(url):
+    client = Client(url, verbose=False)
+    assert texts(client.predict("hi", *SETTINGS, "someone/other")) == ["hi"]
+    with pytest.raises(AppError, match="someone/third"):
+        client.predict("hi", *SETTINGS, "someone/third")
 
 
 def test_limits_on_the_whole_conversation():
     long = [{"role": "user", "content": "x" * 5000}, {"role": "assistant", "content": "y" * 5000}] * 4
     with pytest.raises(ValueError, match="32,000"):
-        app.check_limits([*long, {"role": "user", "content": "hi"}])
+        service.check_limits([*long, {"role": "user", "content": "hi"}])
     with pytest.raises(ValueError, match="500"):
-        app.check_limits([{"role": "user", "content": "x"}] * 501)
+        service.check_limits([{"role": "user", "content": "x"}] * 501)
 
 
 def test_rate_limit_by_client():
-    limit = app.RateLimit(max_calls=2)
+    limit = service.RateLimit(max_calls=2)
     assert [limit.allows("a", now) for now in (0, 1, 2)] == [True, True, False]
     assert limit.allows("b", 2)
     assert limit.allows("a", 60) and not limit.allows("a", 60.5)
 
 
 def test_kept_sessions_are_few_and_never_shared(tiny_tokenizer, model):
-    kept = app.KeptSessions(model, tiny_tokenizer)
-    first = kept.take("tab")
-    assert kept.take("tab") is not first  # the first is in use
-    kept.put_back("tab", first)
-    assert kept.take("tab") is first
-    for number in range(app.NUM_KEPT_CACHES + 3):
-        kept.put_back(str(number), kept.take(str(number)))
-    assert len(kept._sessions) == app.NUM_KEPT_CACHES
+    kept = service.KeptSessions({"one": (model, tiny_tokenizer), "other": (model, tiny_tokenizer)})
+    first = kept.take("tab", "one")
+    assert kept.take("tab", "one") is not first  # the first is in use
+    kept.put_back("tab", "one", first)
+    assert kept.take("tab", "other") is not first
+    assert kept.take("tab", "one") is first
+    for number in range(service.NUM_KEPT_CACHES + 3):
+        kept.put_back(str(number), "one", kept.take(str(number), "one"))
+    assert len(kept._sessions) == service.NUM_KEPT_CACHES
 
 
 @pytest.mark.parametrize("model_id, reason", [(None, "set MODEL_ID"), ("/no/such/folder", "no folder")])

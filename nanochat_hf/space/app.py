@@ -1,6 +1,7 @@
 """A chat in the browser for a model trained with nanochat-hf; the whole of a Hub Space, and runnable at home:
 
-    MODEL_ID=runs/tiny/rl python nanochat_hf/space/app.py        # http://127.0.0.1:7860
+    MODEL_ID=runs/tiny/rl python nanochat_hf/space/app.py                 # http://127.0.0.1:7860
+    MODEL_ID=runs/tiny/sft,runs/tiny/rl python nanochat_hf/space/app.py   # two to choose from
 
 Beside this folder's files it needs the package files named in modules.txt, which publishing uploads with it. Settings
 are environment variables, listed in README.md.
@@ -9,9 +10,7 @@ are environment variables, listed in README.md.
 import json
 import os
 import secrets
-import threading
 import time
-from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -25,106 +24,45 @@ except ImportError:
 import gradio as gr
 
 from nanochat_hf.chat import COMPLETION_NOTICE, ChatSession, load_chat_model
+from nanochat_hf.chat_service import (
+    FORGOTTEN,
+    MAX_NEW_TOKENS,
+    MAX_TEMPERATURE,
+    MAX_TOP_K,
+    TOOL_TITLE,
+    KeptSessions,
+    RateLimit,
+    check_limits,
+    is_command,
+    messages_of,
+    run_command,
+)
 from nanochat_hf.sampling import Sampling
 from nanochat_hf.streaming import ChatEvent
 
-MAX_MESSAGES, MAX_MESSAGE_CHARS, MAX_TOTAL_CHARS = 500, 8_000, 32_000
-MAX_TEMPERATURE, MAX_TOP_K, MAX_NEW_TOKENS = 2.0, 200, 4_096
 NUM_CONCURRENT_ANSWERS, MAX_QUEUED_ANSWERS = 2, 64
-NUM_KEPT_CACHES = 8  # conversations whose key/value cache waits for the next turn
 SECONDS_BETWEEN_UPDATES = 0.05  # a browser redraws the answer at most so often
-TOOL_TITLE = "Calculator"
-
-
-class RateLimit:
-    """At most `max_calls` in any `seconds` a client."""
-
-    def __init__(self, max_calls: int, seconds: float = 60.0):
-        self.max_calls, self.seconds = max_calls, seconds
-        self._calls: dict[str, deque[float]] = {}
-        self._lock = threading.Lock()
-
-    def allows(self, client: str, now: float) -> bool:
-        """Whether this client may call now; counts the call if so."""
-        with self._lock:
-            if len(self._calls) > 10_000:  # forget who has been quiet, so that memory stays bounded
-                self._calls = {c: times for c, times in self._calls.items() if times[-1] > now - self.seconds}
-            times = self._calls.setdefault(client, deque())
-            while times and times[0] <= now - self.seconds:
-                times.popleft()
-            if len(times) >= self.max_calls:
-                return False
-            times.append(now)
-            return True
-
-
-class KeptSessions:
-    """The last few conversations by browser tab; one in use is out of the shelf, so no two requests share it."""
-
-    def __init__(self, model, tokenizer):
-        self.model, self.tokenizer = model, tokenizer
-        self._sessions: OrderedDict[str, ChatSession] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def take(self, key: str | None) -> ChatSession:
-        with self._lock:
-            return self._sessions.pop(key, None) or ChatSession(self.model, self.tokenizer)
-
-    def put_back(self, key: str | None, session: ChatSession) -> None:
-        with self._lock:
-            if key is not None:
-                self._sessions[key] = session
-            while len(self._sessions) > NUM_KEPT_CACHES:
-                self._sessions.popitem(last=False)
-
-
-def messages_of(history: list[dict], message: str) -> list[dict]:
-    """Gradio's history and the new message as a conversation: an answer's pieces joined, unanswered questions left out.
-
-    Gradio shows one answer as several assistant messages: text, a calculator step (its expression in the step's log),
-    text again.
-    """
-    messages: list[dict] = []
-    for entry in [*history, {"role": "user", "content": message}]:
-        text = text_of(entry["content"])
-        if entry["role"] == "user":
-            if messages and messages[-1]["role"] == "user":
-                messages.pop()
-            messages.append({"role": "user", "content": text})
-        elif messages:
-            parts = [{"type": "text", "text": text}]
-            metadata = entry.get("metadata") or {}
-            if metadata.get("title") == TOOL_TITLE:
-                parts = [{"type": "python", "text": metadata.get("log", "")}]
-                parts += [{"type": "python_output", "text": text}] if text else []
-            if messages[-1]["role"] == "user":
-                messages.append({"role": "assistant", "content": []})
-            messages[-1]["content"] += parts
-    for entry in messages:
-        if entry["role"] == "assistant" and all(part["type"] == "text" for part in entry["content"]):
-            entry["content"] = "".join(part["text"] for part in entry["content"])
-    return messages
-
-
-def text_of(content: str | list | dict) -> str:
-    """The text of a Gradio message's content, which is a string or a list of parts."""
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else [content]
-    return "".join(part if isinstance(part, str) else part.get("text", "") for part in parts)
-
-
-def check_limits(messages: list[dict]) -> None:
-    """Refuse, with a reason, what would keep the machine busy for others."""
-    lengths = [len(text_of(message["content"])) for message in messages]
-    if len(messages) > MAX_MESSAGES:
-        raise ValueError(f"This conversation has more than {MAX_MESSAGES} messages: clear it to go on.")
-    if not messages[-1]["content"].strip():
-        raise ValueError("The message is empty.")
-    if lengths[-1] > MAX_MESSAGE_CHARS:
-        raise ValueError(f"The message has {lengths[-1]:,} characters, at most {MAX_MESSAGE_CHARS:,} are taken.")
-    if sum(lengths) > MAX_TOTAL_CHARS:
-        raise ValueError(f"This conversation has more than {MAX_TOTAL_CHARS:,} characters: clear it to go on.")
+EXAMPLES = ["Who are you?", "What is 17*23 + 4?", "How many r are in strawberry?"]
+THEME = gr.themes.Base(
+    primary_hue="indigo",
+    neutral_hue="slate",
+    radius_size="lg",
+    font=["system-ui", "sans-serif"],  # the theme's own would be fetched from Google
+    font_mono=["ui-monospace", "monospace"],
+)
+CSS = """
+.gradio-container > main, .gradio-container .main { max-width: 52rem !important; margin: 0 auto; }
+#head { align-items: center; flex-wrap: nowrap; }
+#head h1 { margin: 0; font-size: 1.3rem; }
+#head p { margin: 0; opacity: .7; font-size: .85rem; }
+#chat { border-width: 0 !important; background: transparent; }
+@media (max-width: 600px) { .gradio-container main.app { padding: .5rem !important; } }
+"""
+# What an answer yields is added to the conversation; only the page can empty it.
+EMPTY_AFTER_CLEAR = f"""(messages) => {{
+  const last = messages.at(-1)?.content;
+  if ((last?.[0]?.text ?? last) === {json.dumps(FORGOTTEN)}) document.querySelector("#chat [aria-label=Clear]").click();
+}}"""
 
 
 def show(shown: list[gr.ChatMessage], event: ChatEvent) -> None:
@@ -146,17 +84,17 @@ def client_of(request: gr.Request) -> str:
     return forwarded.split(",")[-1].strip() or request.client.host
 
 
-def build_app(model_id: str) -> gr.ChatInterface:
-    """The app around a model.
+def build_app(model_ids: list[str]) -> gr.Blocks:
+    """The app around one model, or several to choose from.
 
     Args:
-        model_id: a Hub id or a model folder.
+        model_ids: Hub ids or model folders; the first is chosen at the start.
 
     Raises:
-        ValueError: the model cannot be loaded.
+        ValueError: a model cannot be loaded.
     """
-    model, tokenizer = load_chat_model(model_id)
-    sessions = KeptSessions(model, tokenizer)
+    models = {display_name(model_id): load_chat_model(model_id) for model_id in model_ids}
+    sessions = KeptSessions(models)
     rate_limit = RateLimit(int(os.environ.get("MESSAGES_PER_MINUTE", "20")))
 
     def respond(
@@ -166,20 +104,24 @@ def build_app(model_id: str) -> gr.ChatInterface:
         top_k: int,
         max_new_tokens: int,
         seed: int | None,
+        model: str,
         request: gr.Request,
     ) -> Iterator[list[gr.ChatMessage]]:
         if not rate_limit.allows(client_of(request), time.monotonic()):
             raise gr.Error(
                 f"More than {rate_limit.max_calls} messages in a minute: wait a little.", print_exception=False
             )
-        session = sessions.take(request.session_hash)
+        if is_command(message):
+            yield [gr.ChatMessage(role="assistant", content=run_command(message)[0])]
+            return
+        session = sessions.take(request.session_hash, model)
         shown: list[gr.ChatMessage] = []
         updated = 0.0
         try:
             messages = messages_of(history, message)
             check_limits(messages)
             sampling = Sampling(temperature, int(top_k))
-            seed = secrets.randbits(32) if seed is None else int(seed)
+            seed = secrets.randbits(32) if seed is None or seed < 0 else int(seed)
             with closing(session.reply(messages, sampling, int(max_new_tokens), seed)) as events:
                 for event in events:
                     if event.kind == "notice" and event.text != COMPLETION_NOTICE:
@@ -195,43 +137,77 @@ def build_app(model_id: str) -> gr.ChatInterface:
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
         finally:
-            sessions.put_back(request.session_hash, session)
+            sessions.put_back(request.session_hash, model, session)
 
-    description = f"A small model, [{model_id}](https://huggingface.co/{model_id}): it is often wrong."
-    if os.path.isdir(model_id):
-        description = f"A small model, {os.path.basename(os.path.abspath(model_id))}: it is often wrong."
-    if ChatSession(model, tokenizer).format == "completion":
-        description += f" Note: {COMPLETION_NOTICE}."
-    context_tokens = min(MAX_NEW_TOKENS, model.config.max_position_embeddings)
-    return gr.ChatInterface(
-        spaces.GPU(respond) if spaces else respond,
-        title="nanochat",
-        description=description,
-        chatbot=gr.Chatbot(sanitize_html=True, allow_tags=False, buttons=["copy"], height="70vh"),
-        examples=[["Hello! What are you?"], ["What is 17*23 + 4?"], ["How many r are in strawberry?"]],
-        additional_inputs=[
-            gr.Slider(0, MAX_TEMPERATURE, value=0.6, step=0.1, label="Temperature (0 = always the likeliest word)"),
-            gr.Slider(1, MAX_TOP_K, value=50, step=1, label="Top-k (draw from the k likeliest)"),
-            gr.Slider(1, MAX_NEW_TOKENS, value=min(512, context_tokens), step=1, label="Longest answer, in tokens"),
-            gr.Number(value=None, minimum=0, precision=0, label="Seed (empty = another answer every time)"),
-        ],
-        api_name="chat",
-        editable=True,
-        flagging_mode="never",
-        cache_examples=False,
-        concurrency_limit=NUM_CONCURRENT_ANSWERS,
-    )
+    context_tokens = min(model.config.max_position_embeddings for model, _ in models.values())
+    with gr.Blocks(title="nanochat", fill_height=True) as app:
+        with gr.Row(elem_id="head"):
+            gr.Markdown(f"# nanochat\n{description(models)}")
+            choice = gr.Dropdown(
+                list(models), value=next(iter(models)), label="Model", container=False, visible=len(models) > 1,
+                filterable=False, min_width=120,
+            )  # fmt: skip
+        hidden = {"render": False}  # ChatInterface draws them, folded away
+        temperature = gr.Slider(
+            0, MAX_TEMPERATURE, 0.6, step=0.1, label="Temperature (0 = the likeliest word)", **hidden
+        )
+        top_k = gr.Slider(1, MAX_TOP_K, 50, step=1, label="Top-k (draw from the k likeliest words)", **hidden)
+        length = gr.Slider(
+            1, MAX_NEW_TOKENS, min(512, context_tokens), step=1, label="Longest answer, tokens", **hidden
+        )
+        seed = gr.Number(-1, minimum=-1, precision=0, label="Seed (-1 = another answer every time)", **hidden)
+        chat = gr.ChatInterface(
+            spaces.GPU(respond) if spaces else respond,
+            chatbot=gr.Chatbot(
+                elem_id="chat", show_label=False, sanitize_html=True, allow_tags=False, buttons=["copy"], scale=1,
+                layout="bubble", height="calc(100dvh - 17rem)", min_height=240,
+                placeholder="Ask something, or type /help",
+            ),
+            examples=[[example] for example in EXAMPLES],
+            additional_inputs=[temperature, top_k, length, seed, choice],
+            additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
+            api_name="chat",
+            editable=True,
+            flagging_mode="never",
+            cache_examples=False,
+            concurrency_limit=NUM_CONCURRENT_ANSWERS,
+        )  # fmt: skip
+        quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "undocumented"}
+        chat.textbox.submit(moved_sliders, chat.saved_input, [temperature, top_k], **quiet)
+        chat.chatbot.change(None, chat.chatbot, js=EMPTY_AFTER_CLEAR)
+    return app
+
+
+def display_name(model_id: str) -> str:
+    """A Hub id as it is; of a folder the last two names, for runs name their models alike."""
+    return "/".join(os.path.abspath(model_id).split(os.sep)[-2:]) if os.path.isdir(model_id) else model_id
+
+
+def description(models: dict[str, tuple]) -> str:
+    """What a visitor should know before asking."""
+    text = "A small language model, trained from scratch; it is often wrong."
+    if len(models) == 1:
+        text = f"{next(iter(models))}: a small language model, trained from scratch; it is often wrong."
+    no_template = [name for name, parts in models.items() if ChatSession(*parts).format == "completion"]
+    return text + "".join(f" {name}: {COMPLETION_NOTICE}." for name in no_template)
+
+
+def moved_sliders(message: str) -> tuple:
+    """Temperature and top-k after a slash command that sets one of them."""
+    changed = run_command(message)[1] if is_command(message) else {}
+    return tuple(changed.get(name, gr.skip()) for name in ("temperature", "top_k"))
 
 
 def main() -> None:
-    """Serve the model that MODEL_ID names; on 127.0.0.1 unless GRADIO_SERVER_NAME says otherwise."""
-    if not os.environ.get("MODEL_ID"):
+    """Serve the models that MODEL_ID names; on 127.0.0.1 unless GRADIO_SERVER_NAME says otherwise."""
+    model_ids = [name.strip() for name in os.environ.get("MODEL_ID", "").split(",") if name.strip()]
+    if not model_ids:
         raise SystemExit("error: set MODEL_ID to a Hub id (user/name) or a model folder (runs/tiny/rl)")
     try:
-        app = build_app(os.environ["MODEL_ID"])
+        app = build_app(model_ids)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
-    app.queue(max_size=MAX_QUEUED_ANSWERS).launch()
+    app.queue(max_size=MAX_QUEUED_ANSWERS).launch(theme=THEME, css=CSS)
 
 
 if __name__ == "__main__":
