@@ -74,6 +74,10 @@ class PretrainConfig(CorpusConfig):
     )
     eval_every_steps: int = field(default=250, metadata={"help": "steps between validations; 0 = first and last only"})
     eval_tokens: int = field(default=10_485_760, metadata={"help": "tokens of one validation"})
+    core_every_steps: int = field(
+        default=0, metadata={"help": "steps between CORE scores on the files of CORE_DATA_DIR; 0 = none"}
+    )
+    core_max_per_task: int = field(default=500, metadata={"help": "items of each CORE task"})
     sample_every_steps: int = field(default=0, metadata={"help": "steps between samples of the seven prompts; 0 = end"})
     save_every_steps: int = field(default=1000, metadata={"help": "steps between resumable checkpoints; 0 = none"})
     save_total_limit: int = field(default=1, metadata={"help": "checkpoints kept"})
@@ -232,4 +236,17 @@ class DecodeBenchmarkConfig:
     prompt_tokens: int = field(default=50, metadata={"help": "tokens of each prompt"})
     new_tokens: int = field(default=128, metadata={"help": "tokens written after each prompt"})
     rounds: int = field(default=5, metadata={"help": "turns of each side; the median counts"})
+    output: str | None = field(default=None, metadata={"help": "JSON file to write"})
+
+
+@dataclass
+class CoreBenchmarkConfig:
+    """`benchmark.py core`: a model, and how many items."""
+
+    model: str | None = field(default=None, metadata={"help": "a model folder, or a Hub id (user/name)"})
+    max_per_task: int = field(default=10, metadata={"help": "items of each of CORE's tasks"})
+    core_data: str | None = field(
+        default=None, metadata={"help": "folder with the task files; CORE_DATA_DIR by default"}
+    )
+    rounds: int = field(default=3, metadata={"help": "turns of each side; the median counts"})
     output: str | None = field(default=None, metadata={"help": "JSON file to write"})

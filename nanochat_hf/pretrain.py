@@ -100,6 +100,10 @@ class Pretraining:
         folder = Path(config.run_dir) / "checkpoints" / "base"
         self.checkpoints = Checkpoints(self.accelerator, folder, config.save_total_limit)
         self.throughput = Throughput(self.plan, self.accelerator.device, self.accelerator.num_processes)
+        if config.core_every_steps:
+            from .evaluation.core_score import core_scorer  # lm-eval takes seconds to import, and few runs need it
+
+            self.core_of = core_scorer(Path(config.run_dir) / "tokenizer", config.core_max_per_task)
         self.step, self.seconds_before, self.waiting_batches = 0, 0.0, []
         self.validations: list[float] = []
         self._validation_batches: list[dict] | None = None
@@ -142,6 +146,8 @@ class Pretraining:
         while self.step < plan.num_steps:
             if self.step == 0 or (config.eval_every_steps and self.step % config.eval_every_steps == 0):
                 self.validate()
+            if self.step and config.core_every_steps and self.step % config.core_every_steps == 0:
+                self.score_core()
             started = time.perf_counter()
             loss = self.take_step(self.batches, self.step)
             self.step += 1
@@ -159,6 +165,8 @@ class Pretraining:
                 self.save_checkpoint()
                 raise KeyboardInterrupt(f"stopped at step {self.step}; run the same command again to resume there")
         self.validate()
+        if config.core_every_steps:
+            self.score_core()
         bar.close()
         for number, handler in previous_handlers.items():
             signal.signal(number, handler)
@@ -206,6 +214,12 @@ class Pretraining:
         every = self.config.sample_every_steps
         if every and self.step % every == 0 and 0 < self.step < self.plan.num_steps:
             self.accelerator.print(*self.samples(), sep="\n")
+
+    def score_core(self) -> None:
+        """CORE of the model as it is, on the curve."""
+        core = self.core_of(self.model, self.tokenizer, self.accelerator)
+        self.log(step=self.step, core=core)
+        self.accelerator.print(f"step {self.step:,}: CORE {core:.4f}")
 
     def samples(self) -> list[str]:
         """The seven prompts, continued greedily, on the main process; a model in pieces needs all of them."""

@@ -39,11 +39,12 @@ class Stage:
         # Where a run lies is no setting of it: a folder that was moved is still the same run.
         self.settings = {k: v for k, v in json.loads(json.dumps(settings, default=str)).items() if k != "run_dir"}
         self.results: dict = {}
+        self.results_file: dict = {}  # an evaluation's: lm-eval's own results, whose keys the record then has as well
         self.finished = False
         if self.path.is_file():
             record = json.loads(self.path.read_text())
             self._refuse_other_recipe(record["settings"])
-            self.results, self.finished = record["results"], True
+            self.results, self.finished = results_of(record), True
 
     def _refuse_other_recipe(self, theirs: dict) -> None:
         differing = sorted(k for k in theirs.keys() | self.settings.keys() if theirs.get(k) != self.settings.get(k))
@@ -73,12 +74,19 @@ class Stage:
             "settings": self.settings,
             "results": self.results,
         }
+        if self.results_file:
+            record = {**record, **self.results_file, "summary": self.results}
         write_json(self.path, record)
 
     def log(self, **figures) -> None:
         """Append one line of figures to the stage's curve."""
         with open(self.log_path, "a") as file:
             file.write(json.dumps(figures) + "\n")
+
+
+def results_of(record: dict) -> dict:
+    """A stage's results; an evaluation's record has lm-eval's under `results`, and its own under `summary`."""
+    return record.get("summary", record["results"])
 
 
 def write_json(path: str | Path, content: dict) -> None:

@@ -175,10 +175,10 @@ def test_the_recipe_writes_a_record_a_model(tmp_path, tiny_model, tiny_tokenizer
         save(tiny_model, tiny_tokenizer, tmp_path / stage)
     config = EvaluationConfig(run_dir=str(tmp_path), stages=["base", "sft"])
     evaluate(config)
-    core = json.loads((tmp_path / "eval" / "core.json").read_text())["results"]
+    core = json.loads((tmp_path / "eval" / "core.json").read_text())["summary"]
     assert set(core["tasks"]) == {"core_mini_next_line", "core_mini_last_word", "core_mini_which_module"}
     assert core["core"] == pytest.approx(sum(task["centered"] for task in core["tasks"].values()) / 3)
-    chat = json.loads((tmp_path / "eval" / "chatcore_sft.json").read_text())["results"]
+    chat = json.loads((tmp_path / "eval" / "chatcore_sft.json").read_text())["summary"]
     assert {name.removeprefix("chatcore_mini_") for name in chat["tasks"]} == {
         "multiple_choice",
         "arithmetic",
@@ -263,6 +263,14 @@ ATTACKS = {
     "kill": "import os\nos.kill(os.getppid(), 9)",
     "ctypes": "import ctypes\nctypes.CDLL(None).kill(1, 9)",
     "secret": "import os\nos.write(1, b'0' * 32)\nos._exit(0)",
+    "stolen secret": "import os\nfor i in range(3, 9):\n    try: os.write(i + 1, os.read(i, 32))\n"
+    "    except OSError: pass\nos._exit(0)",
+    "stolen secret, exit": "import os\nos.write(4, os.read(3, 32))\nraise SystemExit(0)",
+    "another exit": "import sys\ndel sys.modules['posix']\nimport posix\nposix._exit(0)",
+    "own exception": "import builtins, os\nbuiltins.BaseException = ValueError\nos.write(4, os.read(3, 32))\n"
+    "raise SystemExit(0)",
+    "jump": "import sys\nsys.settrace(lambda *a: None)",
+    "signal": "import signal\nsignal.raise_signal(signal.SIGKILL)",
     "environment": "import os\nassert 'A_SECRET' in os.environ",
 }
 ENDLESS = {

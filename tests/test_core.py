@@ -271,7 +271,7 @@ def test_one_task_of_each_kind_equals_the_golden_flags(golden, shared_data, gold
 @pytest.mark.slow
 @pytest.mark.parametrize("model_class", [NanoChatHFLM, HFLM])
 def test_every_item_of_every_task_equals_the_golden_flags(golden, shared_data, golden_model, monkeypatch, model_class):
-    lm = model_class(golden_model, device="cpu", max_length=100_000, batch_size=8)
+    lm = model_class(golden_model, device="cpu", batch_size=8)
     expected = expected_of(golden, "expected.json")
     monkeypatch.setenv("CORE_DATA_DIR", str(shared_data / "core"))
     results = run(lm, ["core"], limit=max(task["limit"] for task in expected.values()))

@@ -10,6 +10,7 @@ from test_recipes import dataclasses_of
 ROOT = Path(__file__).parents[1]
 READMES = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*/README.md")), ROOT / "recipes/teach_a_skill.md"]
 PROMISED = ("runs/", "../shared/", "my_", "me/")  # what a run makes, or the reader has
+NO_FLAGS = ("scripts/convert.py", "scripts/benchmark.py", "scripts/compare.py")  # a subcommand or paths first
 
 
 def code_blocks(path: Path, language: str) -> list[str]:
@@ -32,8 +33,8 @@ def test_commands_name_files_and_flags_that_exist(path, words):
         if is_path and not re.fullmatch(r"[\w-]+/[\w.-]+-shuffle", word):  # a Hub data set
             assert (ROOT / word).exists(), f"{path.name} names {word}"
     scripts = [word for word in words if re.fullmatch(r"scripts/\w+\.py", word)]
-    # convert.py and benchmark.py take a subcommand first, --model_args is lm-eval's own command line, --plan a switch.
-    if scripts and "--model_args" not in words and scripts[0] not in ("scripts/convert.py", "scripts/benchmark.py"):
+    # --model_args is lm-eval's own command line, --plan a switch.
+    if scripts and "--model_args" not in words and scripts[0] not in NO_FLAGS:
         fields = {name for type_ in dataclasses_of(Path(scripts[0]).stem) for name in type_.__dataclass_fields__}
         given = {word[2:] for word in words[words.index(scripts[0]) :] if word.startswith("--")} - {"config", "plan"}
         assert given <= fields, f"{scripts[0]} has no {given - fields}"

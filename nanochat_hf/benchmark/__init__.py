@@ -18,7 +18,7 @@ import transformers
 from ..recipe import RecipeError, nearest, parse_recipe
 from ..stage import write_json
 
-SUBCOMMANDS = ("decode", "grpo", "pretrain")
+SUBCOMMANDS = ("core", "decode", "grpo", "pretrain")
 
 
 def benchmark(argv: Sequence[str]) -> dict:

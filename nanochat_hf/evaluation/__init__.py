@@ -7,3 +7,4 @@ from pathlib import Path
 
 TASKS_DIR = Path(__file__).with_name("tasks")  # for lm-eval's --include_path
 CORE_DATA_DIR = "~/.cache/nanochat_hf/core"  # where scripts/get_core_data.py puts CORE's files, unless told otherwise
+BITS_PER_BYTE = Path(__file__).with_name("bits_per_byte")  # for evaluate.load

@@ -1,14 +1,16 @@
 """Bits per byte: a loss that does not depend on the tokenizer.
 
 Nats over the targets that stand for bytes, divided by ln 2 and by those bytes. Special tokens have no bytes: they count
-on neither side. The sums are exact whatever the packing, padding or masking of the rows.
+on neither side. The sums are exact whatever the packing, padding or masking of the rows; their quotient is the metric
+module `bits_per_byte/`, which the `evaluate` library loads from its path.
 """
 
-import math
 from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
+
+from .bits_per_byte.bits_per_byte import BitsPerByte
 
 
 @torch.no_grad()
@@ -40,6 +42,6 @@ def evaluate_bpb(
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(nats)
         dist.all_reduce(num_bytes)
-    if not num_bytes:
-        raise ValueError("no target with bytes to score: the batches hold no text, or it is masked out everywhere")
-    return nats.item() / (math.log(2) * num_bytes.item())
+    # In memory: by default the library keeps what it adds up in a file of the cache folder.
+    metric = BitsPerByte(keep_in_memory=True)
+    return metric.compute(predictions=[nats.item()], references=[int(num_bytes.item())])["bits_per_byte"]

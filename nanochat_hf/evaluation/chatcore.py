@@ -31,6 +31,7 @@ from .code_execution import passes_tests
 from .row_task import MissingData, RowTask
 
 SHUFFLE_SEED = 42
+SAMPLING = {"temperature": 1.0, "top_k": 50}
 
 
 def shuffled(rows: list[dict]) -> list[dict]:
@@ -158,9 +159,10 @@ class ChatChoiceTask(ChatTask):
 
 
 class ChatGenerateTask(ChatTask):
-    """Right when the generated answer passes; with metadata `num_samples` = n > 1 also pass@1 to pass@n.
+    """Right when the generated answer passes; with `--metadata '{"num_samples": n}'`, n > 1, also pass@1 to pass@n.
 
-    Generation settings are the YAML's `generation_kwargs`; sampling needs `--gen_kwargs do_sample=true,temperature=1`.
+    Generation settings are the YAML's `generation_kwargs`: greedy. Several samples are drawn instead, as in nanochat's
+    RL where `--gen_kwargs` says nothing else.
     """
 
     OUTPUT_TYPE = "generate_until"
@@ -177,7 +179,10 @@ class ChatGenerateTask(ChatTask):
 
     def request_arguments(self, doc: dict, ctx: str) -> list[tuple]:
         """(conversation, generation settings), once a sample."""
-        return [(ctx, deepcopy(self.config.generation_kwargs)) for _ in range(self.num_samples)]
+        settings = dict(self.config.generation_kwargs)
+        if self.num_samples > 1:
+            settings = SAMPLING | settings | {"do_sample": True}
+        return [(ctx, deepcopy(settings)) for _ in range(self.num_samples)]
 
     def is_right(self, doc: dict, completion: str) -> bool:
         """GSM8K: the number after the first `####` is the reference's."""

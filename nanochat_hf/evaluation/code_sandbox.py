@@ -17,9 +17,14 @@ REFUSED = frozenset(
     "socket subprocess ctypes winreg ftplib http imaplib poplib smtplib telnetlib urllib webbrowser pty fcntl shutil "
     "os.fork os.forkpty os.exec os.posix_spawn os.spawn os.system os.kill os.killpg os.chmod os.chown os.chflags "
     "os.link os.symlink os.truncate os.putenv os.unsetenv os.setxattr os.removexattr os.rename os.utime "
-    "signal.pthread_kill resource.setrlimit resource.prlimit syslog.syslog sys.addaudithook".split()
+    "signal.pthread_kill resource.setrlimit resource.prlimit syslog.syslog sys.addaudithook sys.settrace "
+    "sys.setprofile gc.get_objects gc.get_referrers gc.get_referents".split()
 )
-REFUSED_IMPORTS = frozenset("_ctypes ctypes _posixsubprocess multiprocessing _socket socket".split())
+# The last ones would give the program a second `os._exit`, or an interpreter without the hook.
+REFUSED_IMPORTS = frozenset(
+    "_ctypes ctypes _posixsubprocess multiprocessing _socket socket "
+    "posix _interpreters _xxsubinterpreters _testcapi _testinternalcapi".split()
+)
 
 
 def limit(seconds: float, memory_mib: int) -> None:
@@ -115,13 +120,15 @@ def main(num_bytes: int, seconds: float, memory_mib: int, user: int) -> None:
     limit(seconds, memory_mib)
     sys.addaudithook(make_audit_hook(scratch))
     sys.argv = [""]
-    exec(compile(source, "program", "exec"), {"__name__": "__main__"})
+    program = compile(source, "program", "exec")
+    for module in (os, sys.modules[os.name]):
+        del module._exit  # so that whoever ends before the last line ends with an error
+    try:
+        exec(program, {"__name__": "__main__"})
+    except:  # noqa: E722 - SystemExit(0) too: who leaves early has not passed. No name here that programs could replace
+        1 / 0  # noqa: B018 - the process ends with status 1
     os.write(answer_to, read_exactly(secret_from, 32))
 
 
 if __name__ == "__main__":
-    try:
-        main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
-    except BaseException:  # SystemExit(0) too: a program that leaves early has not passed
-        os._exit(1)
-    os._exit(0)
+    main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

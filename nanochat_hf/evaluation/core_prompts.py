@@ -107,9 +107,8 @@ def answer_text(row: dict, task_type: str) -> str:
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """Length of the longest prefix all sequences share."""
-    shortest = min(map(len, sequences))
-    first = sequences[0]
-    return next((i for i in range(shortest) if any(s[i] != first[i] for s in sequences[1:])), shortest)
+    first, last = min(sequences), max(sequences)  # in lexical order: what these two share, all between them do
+    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
 def common_suffix(sequences: Sequence[Sequence[int]]) -> int:

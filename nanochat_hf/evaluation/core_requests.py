@@ -67,11 +67,11 @@ class RequestBuilder:
         self.opening_text = tokenizer.decode(opening)
         self.special_tokens = {} if add_bos_token is None else {"add_special_tokens": add_bos_token}
         # A tokenizer that opens every text itself gets the bare prompt; the others get the token spelled out.
-        self.prefix = "" if self._encode(["a"])[0].ids[0] == opening else self.opening_text
-        if self._encode([self.prefix + "a"])[0].ids[0] != opening:
+        self.prefix = "" if self.encode(["a"])[0].ids[0] == opening else self.opening_text
+        if self.encode([self.prefix + "a"])[0].ids[0] != opening:
             raise ValueError(f"{tokenizer.name_or_path} does not read {self.opening_text!r} back as its opening token")
 
-    def _encode(self, texts: list[str]):
+    def encode(self, texts: list[str]):
         """Encodings as lm-eval's hf model makes them."""
         spelled_out = texts[0].startswith(self.opening_text)
         return self.tokenizer(
@@ -81,7 +81,7 @@ class RequestBuilder:
     def build(self, prompts: Sequence[str], task_type: str) -> CoreItem:
         """Requests of one item; `prompts` as `render_prompts` returns them."""
         texts = [self.prefix + prompt for prompt in prompts]
-        encodings = self._encode(texts)
+        encodings = self.encode(texts)
         sequences = [encoding.ids for encoding in encodings]
         starts = scored_starts(sequences, task_type)
         if task_type == "language_modeling":
@@ -105,13 +105,13 @@ class RequestBuilder:
             item.option_requests.append(add(context, continuation))
             stripped = context.rstrip()
             if stripped not in context_ids:
-                context_ids[stripped] = self._encode([stripped])[0].ids
+                context_ids[stripped] = self.encode([stripped])[0].ids
             kept = context_ids[stripped]
             item.exact &= ids[: len(kept)] == kept and len(kept) <= start
             if len(kept) < start:
                 blanks = context[len(stripped) :]
                 if stripped + blanks not in blank_tokens:
-                    blank_tokens[stripped + blanks] = self._encode([stripped + blanks])[0].ids
+                    blank_tokens[stripped + blanks] = self.encode([stripped + blanks])[0].ids
                 item.exact &= blank_tokens[stripped + blanks] == ids[:start]
                 item.blank_requests[-1] = add(stripped, blanks) if blanks else None
         item.requests = list(index_of)

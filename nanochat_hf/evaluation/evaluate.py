@@ -3,15 +3,18 @@
     python scripts/evaluate.py --config recipes/tiny/eval.yaml
 
 Without data the embedded mini tasks are asked; with `core_data` the 22 CORE tasks instead, with `eval_data` nanochat's
-five chat tasks beside them. Each model's record keeps one flag an item, so that two models can be compared in pairs.
+five chat tasks beside them. Each model's record is a results file of lm-eval's, which its tools and
+`scripts/compare.py` read, and has a `summary` beside: what the report needs, and one flag an item.
 """
 
+import json
 import math
 from pathlib import Path
 
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import handle_non_serializable
 
 from ..configs import EvaluationConfig
 from ..recipe import nearest
@@ -36,7 +39,8 @@ def evaluate(config: EvaluationConfig) -> None:
             print(f"{record.name}: finished before, nothing to do")
             continue
         with record:
-            record.results |= evaluate_model(Path(config.run_dir) / stage_name, config, chat=stage_name != "base")
+            folder = Path(config.run_dir) / stage_name
+            record.results, record.results_file = evaluate_model(folder, config, chat=stage_name != "base")
         print(_table(record.name, record.results))
 
 
@@ -71,26 +75,41 @@ def _check(config: EvaluationConfig) -> None:
             raise ValueError(f"{key}={folder}: no such folder")
 
 
-def evaluate_model(folder: Path, config: EvaluationConfig, chat: bool) -> dict:
-    """Results of one model folder: `core` or `chatcore` (None where a task is missing), `tasks`, `missing`."""
+def evaluate_model(folder: Path, config: EvaluationConfig, chat: bool) -> tuple[dict, dict]:
+    """Results of one model folder: the summary `{core or chatcore: mean, tasks, missing}`, and lm-eval's own."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lm = NanoChatHFLM(str(folder), dtype="float32", device=device)
     metadata = {"pretrained": str(folder), "core_data_dir": config.core_data, "chatcore_data_dir": config.eval_data}
     manager = TaskManager(include_path=str(TASKS_DIR), include_defaults=False, metadata=metadata)
     if not chat:
         group = "core" if config.core_data else "core_mini"
-        return summarize(run_tasks(lm, manager, [group], config.limit if config.core_data else None), group, "core")
-    mini = summarize(run_tasks(lm, manager, ["chatcore_mini"], None), "chatcore_mini", "chatcore")
+        results = run_tasks(lm, manager, [group], config.limit if config.core_data else None)
+        return summarize(results, group, "core"), results_file(folder, results)
+    mini_results = run_tasks(lm, manager, ["chatcore_mini"], None)
+    mini = summarize(mini_results, "chatcore_mini", "chatcore")
     if not config.eval_data:
-        return mini
+        return mini, results_file(folder, mini_results)
     group = ["chatcore"]
     if not config.run_unsafe_code:
         group = [task for task in manager.load("chatcore")["group_map"]["chatcore"] if task != HUMANEVAL]
-    real = summarize(run_tasks(lm, manager, group, config.limit), "chatcore", "chatcore")
+    real_results = run_tasks(lm, manager, group, config.limit)
+    real = summarize(real_results, "chatcore", "chatcore")
     if not config.run_unsafe_code:
         real["missing"].append(f"{HUMANEVAL} (needs run_unsafe_code)")
     # The mini tasks stay beside the real ones, so that stages compare on the same arithmetic whatever the data.
-    return {**real, "tasks": real["tasks"] | mini["tasks"], "chatcore_mini": mini["chatcore"]}
+    summary = {**real, "tasks": real["tasks"] | mini["tasks"], "chatcore_mini": mini["chatcore"]}
+    return summary, results_file(folder, real_results, mini_results)
+
+
+def results_file(folder: Path, *all_results: dict) -> dict:
+    """lm-eval's results of a model, those of several runs as if of one, as its own command line stores them."""
+    merged: dict = {}
+    for results in all_results:
+        for key, value in results.items():
+            if key != "samples":
+                merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
+    merged |= {"model_source": "nanochat_hf", "model_name": str(folder), "model_name_sanitized": folder.name}
+    return json.loads(json.dumps(merged, default=handle_non_serializable))
 
 
 def run_tasks(lm: NanoChatHFLM, manager: TaskManager, tasks: list[str], limit: int | None) -> dict:

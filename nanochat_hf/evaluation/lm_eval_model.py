@@ -4,7 +4,7 @@
 
 Same requests, same answers as `--model hf`; but shared contexts run once, batches follow a token budget, only scored
 positions reach the head, and generation runs the calculator. Model folders of this project need no
-`trust_remote_code` here, and are not cut at their training length: nanochat scores long prompts whole.
+`trust_remote_code` here.
 """
 
 import json
@@ -19,7 +19,6 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from .. import NanoChatHFConfig
 from ..generation import Completion, generate_completions
 from . import TASKS_DIR
 from .scoring import score_continuations
@@ -27,7 +26,6 @@ from .scoring import score_continuations
 logger = logging.getLogger(__name__)
 
 REQUESTS_AT_ONCE = 8192  # tokenized and sorted together; bounds the memory for token ids
-UNLIMITED = 10**9
 
 
 @register_model("nanochat_hf")
@@ -37,7 +35,7 @@ class NanoChatHFLM(HFLM):
     Args:
         pretrained: folder, Hub id or a loaded model (then `tokenizer` is needed).
         max_batch_tokens: tokens of one forward when scoring, padding included; None chooses by device.
-        max_length: longer prompts lose tokens on the left; None = the model's own limit, none for NanoChatHF.
+        max_length: longer prompts lose tokens on the left; None = the model's own limit.
         max_batch_size: rows that generate together.
 
     The other arguments are those of lm-eval's `HFLM`; `batch_size` has no effect.
@@ -56,8 +54,6 @@ class NanoChatHFLM(HFLM):
         if self.config.is_encoder_decoder:
             raise ValueError(f"--model nanochat_hf scores causal models, and {pretrained} is none; use --model hf")
         self.max_batch_tokens = max_batch_tokens
-        if max_length is None and isinstance(self.config, NanoChatHFConfig):
-            self._max_length = UNLIMITED
         if hasattr(self, "accelerator"):  # HFLM spreads items over processes on several GPUs only
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
 

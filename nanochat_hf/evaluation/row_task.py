@@ -8,6 +8,7 @@ import logging
 import os
 from functools import lru_cache
 from pathlib import Path
+from unittest import mock
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
@@ -88,6 +89,11 @@ class RowTask(Task):
     def score(self, doc: dict, results: list) -> float:
         """The item's accuracy, 0 to 1, from the answers to its requests."""
         raise NotImplementedError
+
+    def build_all_requests(self, **kwargs) -> None:
+        """As in lm-eval, without its progress bar: one a task, and the work is over in a moment."""
+        with mock.patch("lm_eval.api.task.tqdm", lambda documents, **_: documents):
+            super().build_all_requests(**kwargs)
 
     def construct_requests(self, doc: dict, ctx, metadata: tuple = (None, None, None), **kwargs) -> list[Instance]:
         """The item's requests as lm-eval's instances."""

@@ -1,13 +1,15 @@
 """Log-likelihoods of continuations, fast: what CORE, and any lm-eval multiple choice task, spends its time on.
 
-Four levers, none of which changes a score: a context that several continuations share runs once and its cache is
+Five levers, none of which changes a score: a context that several continuations share runs once and its cache is
 reused; contexts whose continuations differ in the last token only run once altogether; batches are sorted by length
-and filled to a budget of tokens; the head runs only where a token is scored.
+and filled to a budget of tokens; the head runs only where a token is scored; and of the last layer, contexts need keys
+and values alone, so their forward pass stops there.
 
     score_continuations(model, [(context_ids, continuation_ids), ...])
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ..kv_cache import select_rows
 
 MIN_SHARED_TOKENS = 8  # below this a second forward costs more than the shared tokens save
+MIN_PREFIX_TOKENS = 128  # the same where one row alone has the prefix, so that only its last layer is saved
 MAX_LOGITS = 2**27  # elements of one (scored positions, vocabulary) tensor; 512 MiB in fp32
 
 
@@ -56,7 +59,7 @@ def score_continuations(
         model: any causal language model of transformers.
         requests: (context ids, continuation ids), neither empty.
         max_length: tokens the model takes; longer inputs lose tokens on the left. None: no limit.
-        max_batch_tokens: tokens of one forward, padding included; by default 4,096 on a CPU, else 65,536.
+        max_batch_tokens: tokens of one forward, padding included; by default 1,024 on a CPU, else 65,536.
         on_scored: called with (request index, answer) as soon as an answer is there.
 
     Returns:
@@ -66,7 +69,8 @@ def score_continuations(
         ValueError: an empty context or continuation, or a continuation longer than max_length.
     """
     if max_batch_tokens is None:
-        max_batch_tokens = 4096 if model.device.type == "cpu" else 65536
+        # A long context fills a CPU by itself, and one row needs no padding mask, which would double attention's work.
+        max_batch_tokens = 1024 if model.device.type == "cpu" else 65536
     answers: list[tuple[float, bool] | None] = [None] * len(requests)
     families = _families(requests, max_length)
     with torch.inference_mode():
@@ -97,7 +101,7 @@ def _families(requests: Sequence[tuple[list[int], list[int]]], max_length: int |
         rows.setdefault(tuple(continuation[:-1]), _Row(tokens, [])).targets.append((index, continuation))
     for context, rows in by_context.items():
         num_shared = len(context) - 1  # the last context token's output is scored, so it belongs to the rows
-        if len(rows) > 1 and num_shared >= MIN_SHARED_TOKENS:
+        if num_shared >= (MIN_SHARED_TOKENS if len(rows) > 1 else MIN_PREFIX_TOKENS):
             for row in rows.values():
                 row.tokens = row.tokens[num_shared:]
             families.append(_Family(list(context[:num_shared]), list(rows.values())))
@@ -161,17 +165,19 @@ def _shared_logits(model: PreTrainedModel, batch: list[_Family]) -> torch.Tensor
     cache = DynamicCache(config=model.config)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     padded = not bool(mask.all())
-    model(
-        input_ids=prefix,
-        attention_mask=mask.long() if padded else None,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
+    with _stop_at_last_keys(cache):
+        model(
+            input_ids=prefix,
+            attention_mask=mask.long() if padded else None,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
     rows = [row for family in batch for row in family.rows]
     parents = torch.tensor([index for index, family in enumerate(batch) for _ in family.rows], device=model.device)
-    select_rows(cache, parents)
+    if len(rows) > len(batch):
+        select_rows(cache, parents)
     ids, real = _pad([row.tokens for row in rows], model.device, left=False)
     seen = mask.sum(1)[parents]
     scored = _scored_positions(rows, ids.shape[1], model.device)
@@ -183,6 +189,32 @@ def _shared_logits(model: PreTrainedModel, batch: list[_Family]) -> torch.Tensor
         use_cache=True,
         logits_to_keep=scored,
     ).logits
+
+
+class _KeysRead(Exception):
+    """The last layer has stored its keys and values."""
+
+
+@contextmanager
+def _stop_at_last_keys(cache: DynamicCache) -> Iterator[None]:
+    """Ends a forward pass that is only to fill `cache` once the last layer's keys and values are in it.
+
+    What follows there (attention, MLP, norm, head) would be read by no one. A model whose last layer stores nothing
+    runs to its end.
+    """
+    layer = cache.layers[-1]
+
+    def update_and_stop(*args, **kwargs):
+        type(layer).update(layer, *args, **kwargs)
+        raise _KeysRead
+
+    layer.update = update_and_stop
+    try:
+        yield
+    except _KeysRead:
+        pass
+    finally:
+        del layer.update
 
 
 def _read_answers(logits: torch.Tensor, rows: Sequence[_Row]) -> Iterator[tuple[int, tuple[float, bool]]]:

@@ -176,6 +176,14 @@ class NanoChatHFConfig(PreTrainedConfig):
         if len(self.layer_types) != num_layers:
             raise ValueError(f"layer_types names {len(self.layer_types)} layers, num_hidden_layers is {num_layers}")
 
+    @property
+    def n_positions(self) -> int:
+        """Longest input in tokens: positions are rotary, and nanochat allows ten times the training length.
+
+        lm-eval cuts prompts at this, where a config has it, and at max_position_embeddings where not.
+        """
+        return 10 * self.max_position_embeddings
+
     def has_value_embedding(self, layer_idx: int) -> bool:
         """Whether this layer mixes a value embedding: every second one, counted so that the last does."""
         return self.use_value_embeddings and layer_idx % 2 == (self.num_hidden_layers - 1) % 2

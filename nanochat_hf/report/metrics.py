@@ -2,6 +2,7 @@
 
 import math
 
+from ..evaluation.noise import sign_test
 from .run_records import RunRecords
 
 # What metrics.json names -> the chatcore task it comes from.
@@ -115,10 +116,3 @@ def paired_standard_error(losses: int, wins: int, num_problems: int) -> float:
     if not num_problems:
         return math.nan
     return math.sqrt(losses + wins - (wins - losses) ** 2 / num_problems) / num_problems
-
-
-def sign_test(losses: int, wins: int) -> float:
-    """Two-sided binomial p-value of `wins` against `losses` under equal chances, exact in integers."""
-    total = losses + wins
-    tail = sum(math.comb(total, k) for k in range(min(losses, wins) + 1))
-    return min(1.0, 2 * tail / 2**total)

@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..stage import results_of
+
 
 @dataclass
 class Session:
@@ -49,7 +51,7 @@ class RunRecords:
 
     def results(self, name: str) -> dict:
         """What came out; empty for a stage that has not run."""
-        return self.records.get(name, {}).get("results", {})
+        return results_of(self.records[name]) if name in self.records else {}
 
     def cost(self, name: str) -> dict:
         """`seconds` and `peak_memory_mib` of a stage that ran."""

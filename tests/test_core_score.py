@@ -1,0 +1,117 @@
+"""CORE without lm-eval's reporting: the benchmark's three sides, and training that scores itself."""
+
+import json
+import os
+
+import pytest
+import torch
+from lm_eval_runs import flags, run, save
+from small_runs import curve, small_run
+from test_core import ROWS
+
+from nanochat_hf import pretrain
+from nanochat_hf.benchmark import benchmark
+from nanochat_hf.evaluation.core_score import load_core, mean_centered, score_model, score_tasks
+from nanochat_hf.evaluation.lm_eval_model import NanoChatHFLM
+from nanochat_hf.training_step import make_accelerator
+
+
+@pytest.fixture
+def core_data(tmp_path, monkeypatch):
+    """A folder with small files for all 22 tasks."""
+    folder = tmp_path / "core"
+    folder.mkdir()
+    monkeypatch.setenv("CORE_DATA_DIR", str(folder))
+    for task in load_kinds():
+        rows = ROWS[task["core_type"]](4)
+        (folder / task["data_file"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def load_kinds():
+    import yaml
+
+    from nanochat_hf.evaluation import TASKS_DIR
+
+    for path in (TASKS_DIR / "core").glob("core_*.yaml"):
+        yield yaml.safe_load(path.read_text().replace("!function ", ""))
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_model, tiny_tokenizer):
+    return save(tiny_model, tiny_tokenizer, tmp_path / "model")
+
+
+def test_flags_and_core_are_lm_evals(folder, core_data, tiny_model, tiny_tokenizer, capsys):
+    tasks = load_core(folder)
+    lm = NanoChatHFLM(folder, device="cpu")
+    capsys.readouterr()
+    ours = score_tasks(lm, tasks, limit=3)
+    assert "%|" not in capsys.readouterr().err, "lm-eval's progress bar of each task"
+    theirs = run(lm, ["core"], limit=3)
+    assert len(ours) == 22 and ours == {name: flags(theirs, name) for name in ours}
+    accuracies = {name: sum(each) / len(each) for name, each in ours.items()}
+    core = mean_centered(tasks, accuracies)
+    assert core == pytest.approx(theirs["groups"]["core"]["centered,none"])
+    del accuracies["core_copa"]
+    assert mean_centered(tasks, accuracies) is None
+    halves = [score_tasks(lm, tasks, limit=3, rank=rank, world_size=2) for rank in (0, 1)]
+    assert all(sorted(halves[0][name] + halves[1][name]) == sorted(ours[name]) for name in ours)
+    tiny_model.train()
+    assert score_model(tasks, 3, tiny_model, tiny_tokenizer, make_accelerator()) == pytest.approx(core)
+    assert tiny_model.training
+
+
+def test_training_logs_core_and_wants_all_files_before_it_starts(tmp_path, tiny_tokenizer, core_data):
+    arguments = (tmp_path, tiny_tokenizer, "run")
+    run_dir, config, settings = small_run(*arguments, num_steps=4, core_every_steps=2, core_max_per_task=2)
+    pretrain.pretrain(config, settings)
+    assert sorted(curve(run_dir, "core")) == [2, 4]
+    os.remove(core_data / "copa.jsonl")
+    run_dir, config, settings = small_run(tmp_path, tiny_tokenizer, "other", core_every_steps=2)
+    with pytest.raises(ValueError, match="no copa.jsonl; set CORE_DATA_DIR"):
+        pretrain.pretrain(config, settings)
+
+
+def test_the_benchmarks_sides_answer_alike(folder, core_data, tmp_path, capsys):
+    os.remove(core_data / "boolq.jsonl")
+    output = tmp_path / "core.json"
+    benchmark(["core", "--model", folder, "--max_per_task", "2", "--rounds", "1", "--output", str(output)])
+    figures = json.loads(output.read_text())
+    assert figures["items_equal"] is True and figures["items_that_differ"] == [] and figures["num_items"] == 42
+    seconds = figures["seconds"]
+    assert figures["speedup_over_one_by_one"] == pytest.approx(seconds["one_by_one"] / seconds["ours"])
+    assert figures["speedup_over_lm_eval"] == pytest.approx(seconds["lm_eval"] / seconds["ours"])
+    assert figures["lm_eval_batch_size"] in (1, 2, 4, 8, 16, 32)
+    assert figures["core"] is None and figures["missing"] == ["boolq.jsonl"]
+    assert "all 42 items have the same flag on every side\nCORE: not whole, no boolq.jsonl" in capsys.readouterr().out
+
+
+def test_the_benchmark_says_when_the_answers_differ(folder, core_data, monkeypatch):
+    monkeypatch.setattr("nanochat_hf.benchmark.core.score_batch", lambda lm, ids, counts: ([0.0, 1.0, 2.0], [True]))
+    figures = benchmark(["core", "--model", folder, "--max_per_task", "3", "--rounds", "1"])
+    assert figures["items_equal"] is False and figures["items_that_differ"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--model is missing"),
+        (["--model", "m", "--max_per_task", "0"], "must be at least 1"),
+        (["--model", "nowhere/at/all"], "nowhere/at/all"),
+    ],
+)
+def test_bad_benchmarks_are_refused(arguments, message, core_data):
+    with pytest.raises((ValueError, OSError), match=message):
+        benchmark(["core", *arguments])
+
+
+def test_no_data_at_all_is_said(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("CORE_DATA_DIR", str(tmp_path))
+    with pytest.raises(ValueError, match="none of CORE.s task files is at hand; set CORE_DATA_DIR"):
+        benchmark(["core", "--model", folder])
+
+
+@pytest.mark.gpu
+def test_the_benchmark_runs_on_a_gpu(folder, core_data):
+    assert torch.cuda.is_available() and benchmark(["core", "--model", folder, "--max_per_task", "3"])["items_equal"]
