@@ -30,7 +30,8 @@ WITHOUT_EFFECT = {
     "adamw": ("lr_fraction", "learning_rates", "warmdown_fraction", "final_lr_fraction"),
 }
 NUM_PROBES = 8  # conversations that tell a chat model from a base model
-# Nats, over those of guessing. A base model has only ever pushed the chat tokens down: it is far beyond.
+# Times the nats of a guess. A base model has only ever pushed the chat tokens down: the tiny recipe's takes 12.5 nats
+# where a guess takes 8.3, and after midtraining 0.02.
 MAX_END_NATS = 1.25
 
 
