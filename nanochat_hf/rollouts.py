@@ -8,6 +8,7 @@ from statistics import fmean
 
 import datasets
 import torch
+from accelerate.utils import gather_object
 from transformers import PreTrainedConfig
 
 from .generation import Completion, generate_completions
@@ -37,7 +38,8 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 
 
 def score_problems(trainer, problems: datasets.Dataset, rewards: Sequence[Callable], num_samples: int) -> dict:
-    """Answer held-out problems several times, as rollouts are sampled: always with the same random numbers.
+    """Answer held-out problems several times, as rollouts are sampled: always with the same random numbers. Processes
+    share the problems.
 
     The first reward decides whether an answer is right: 1 or more.
 
@@ -47,34 +49,41 @@ def score_problems(trainer, problems: datasets.Dataset, rewards: Sequence[Callab
     Returns:
         `pass@1` to `pass@num_samples`, `mean/<reward>` of every reward, and with several sources `pass@1/<source>`.
     """
-    args, tokenizer = trainer.args, trainer.processing_class
+    args, tokenizer, accelerator = trainer.args, trainer.processing_class, trainer.accelerator
+    problems = problems.select(range(accelerator.process_index, len(problems), accelerator.num_processes))
     repeated = [row for row in problems for _ in range(num_samples)]
-    with trainer.accelerator.autocast():
+    with accelerator.autocast():
         completions = generate_completions(
-            trainer.accelerator.unwrap_model(trainer.model),
+            accelerator.unwrap_model(trainer.model),
             tokenizer,
             [encode_prompt(tokenizer, row["prompt"]) for row in repeated],
             max_new_tokens=args.max_completion_length,
             temperature=args.temperature,
             top_k=args.top_k or None,
-            seed=PASS_SEED + args.seed,
+            seed=PASS_SEED + args.seed * accelerator.num_processes + accelerator.process_index,
         )
     columns = {name: [row[name] for row in repeated] for name in problems.column_names if name != "prompt"}
     columns |= {"prompts": [row["prompt"] for row in repeated]}
     token_ids = [completion.token_ids for completion in completions]
     texts = [tokenizer.decode(ids) for ids in token_ids]
-    values = {reward.__name__: reward(completions=texts, completion_ids=token_ids, **columns) for reward in rewards}
-    first = next(iter(values.values()))
-    right = torch.tensor(first).view(len(problems), num_samples).ge(1).sum(1).tolist()
+    values = [reward(completions=texts, completion_ids=token_ids, **columns) for reward in rewards]
+    # Per problem: its source, how many answers were right, and the mean of each reward.
+    scored = []
+    for number, source in enumerate(problems["source"]):
+        own = slice(number * num_samples, (number + 1) * num_samples)
+        scored.append((source, sum(value >= 1 for value in values[0][own]), [fmean(each[own]) for each in values]))
+    scored = gather_object(scored)
     by_source = defaultdict(list)
-    for source, count in zip(problems["source"], right, strict=True):
-        by_source[source].append(count / num_samples)
+    for source, num_right, _ in scored:
+        by_source[source].append(num_right / num_samples)
     figures = {
-        f"pass@{k}": fmean(pass_at_k(num_samples, count, k) for count in right) for k in range(1, num_samples + 1)
+        f"pass@{k}": fmean(pass_at_k(num_samples, num_right, k) for _, num_right, _ in scored)
+        for k in range(1, num_samples + 1)
     }
     if len(by_source) > 1:
         figures |= {f"pass@1/{source}": fmean(shares) for source, shares in sorted(by_source.items())}
-    return figures | {f"mean/{name}": fmean(scores) for name, scores in values.items()}
+    means = [fmean(each) for each in zip(*(means for _, _, means in scored), strict=True)]
+    return figures | {f"mean/{reward.__name__}": mean for reward, mean in zip(rewards, means, strict=True)}
 
 
 def check_vllm(config: PreTrainedConfig) -> None:
