@@ -63,7 +63,14 @@ def run(config: GRPOBenchmarkConfig) -> tuple[dict, str]:
     def ours() -> list[list[int]]:
         with trainer.accelerator.autocast():
             completions = generate_completions(
-                model, tokenizer, prompt_ids, config.max_completion_length, temperature=1.0, top_k=50, seed=1
+                model,
+                tokenizer,
+                prompt_ids,
+                config.max_completion_length,
+                temperature=1.0,
+                top_k=50,
+                seed=1,
+                with_logprobs=True,  # as rollouts do
             )
         return [completion.token_ids for completion in completions]
 
