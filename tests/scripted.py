@@ -57,7 +57,7 @@ def scripted(tokenizer, script_of, context_tokens=2048):
 
 
 def echo(tokenizer, **kwargs):
-    """Repeats the message, `long ...` a hundred times; a message of digits and operators is calculated instead."""
+    """Repeats the message, `long ...` sixty times; a message of digits and operators is calculated instead."""
     special = special_ids(tokenizer)
 
     def script_of(prompt):
@@ -67,6 +67,6 @@ def echo(tokenizer, **kwargs):
         if set(text) <= set("0123456789+*"):
             call = [special["<|python_start|>"], *message, special["<|python_end|>"]]
             return [*b"It is ", *call, *b".", special["<|assistant_end|>"]]
-        return [*message * (100 if text.startswith("long") else 1), special["<|assistant_end|>"]]
+        return [*message * (60 if text.startswith("long") else 1), special["<|assistant_end|>"]]
 
     return scripted(tokenizer, script_of, **kwargs)
