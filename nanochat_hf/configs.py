@@ -91,6 +91,10 @@ class PretrainConfig(CorpusConfig):
         default=False, metadata={"help": "write the optimizer's state beside the model, for an SFT that carries it on"}
     )
     tracker: str | None = field(default=None, metadata={"help": "trackio or wandb, through Accelerate; off by default"})
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "run.sh publishes the run when this stage has finished, to `hub_model_id`"}
+    )
+    hub_model_id: str | None = field(default=None, metadata={"help": "OWNER/NAME, as for scripts/publish.py"})
     seed: int = field(default=42, metadata={"help": "of the initialisation"})
     vocab_size: int | None = field(
         default=None,

@@ -2,7 +2,8 @@
 #
 #   start_line "$@"                   reads the flags, makes .venv, opens the run folder; sets run_dir, launch and the
 #                                     flag arrays text, chat, exam, core
-#   stage RECORD COMMAND ...          runs COMMAND ... --run_dir RUN_DIR unless it is known to have finished
+#   stage RECORD COMMAND ...          runs COMMAND ... --run_dir RUN_DIR unless it is known to have finished, and
+#                                     publishes the run so far where the YAML says `push_to_hub: true`
 #   finish_line                       writes the report
 #
 # A stage has finished when eval/RECORD.json exists; it is skipped here, without starting Python, when besides that its
@@ -113,10 +114,25 @@ stage() {
         return
     fi
     echo "== $record"
+    local repo_id
+    repo_id="$(hub_target "$@")"
     note stage_start "$record"
     "$@" --run_dir "$run_dir" || stop_line "$record" $?
     note stage_end "$record"
+    [ -z "$repo_id" ] || python scripts/publish.py --run "$run_dir" --repo_id "$repo_id" || stop_line "$record" $?
     mv "$ran.now" "$ran"
+}
+
+# Where a stage's recipe wants the run's models published when it has finished: `push_to_hub: true`, `hub_model_id: me/name`.
+hub_target() {
+    local argument repo_id
+    for argument in "$@"; do
+        case "$argument" in *.yaml) ;; *) continue ;; esac
+        grep -q '^push_to_hub: *true' "$argument" || continue
+        repo_id="$(sed -n 's/^hub_model_id: *//p' "$argument")"
+        [ -n "$repo_id" ] || fail "push_to_hub in $argument needs a line hub_model_id: OWNER/NAME"
+        echo "$repo_id"
+    done
 }
 
 stop_line() {
