@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
-from .model.modeling_nanochat_hf import SMEAR_CHANNELS, VALUE_GATE_CHANNELS, rotary_tables
+from .model.modeling_nanochat_hf import SMEAR_CHANNELS, VALUE_GATE_CHANNELS
 
 
 def can_step(model: PreTrainedModel) -> bool:
@@ -40,22 +40,34 @@ class DecodeStep:
     """
 
     def __init__(self, model: PreTrainedModel, with_softcap: bool = True):
-        self.config, self.with_softcap = model.config, with_softcap
-        config = model.config
+        # What a step needs of the configuration is read once: transformers looks every attribute up twice.
+        config, self.with_softcap = model.config, with_softcap
+        self.softcap, self.qk_scale, self.head_dim = config.final_logit_softcapping, config.qk_scale, config.head_dim
+        self.num_layers, self.hidden_size = config.num_hidden_layers, config.hidden_size
         device = model.device.type
         autocast = torch.is_autocast_enabled(device)
         self.dtype = torch.get_autocast_dtype(device) if autocast else model.dtype
         backbone = model.model
         self.embedding = backbone.embed_tokens.weight
-        self.head = model.lm_head.weight.to(self.dtype)
+        self.head = model.lm_head.weight.detach().to(self.dtype)
+        self.packs_head = device == "cpu" and self.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+        if self.packs_head:  # oneDNN's own layout: 3 to 5 times the speed of a plain product with few rows, on AVX2
+            self.head = torch.ops.mkldnn._reorder_linear_weight(self.head)
         self.eps = config.rms_norm_eps
+        eps = torch.finfo(self.dtype).eps if self.eps is None else self.eps
+        self.floors = {width: torch.tensor((width * eps) ** 0.5) for width in (config.hidden_size, config.head_dim)}
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.scalars = [(1.0, 0.0)] * config.num_hidden_layers
+        self.scalars = None
         if config.use_residual_scalars:
             self.scalars = list(zip(backbone.resid_lambdas.tolist(), backbone.x0_lambdas.tolist(), strict=True))
         self.backout = backbone.backout_lambda.item() if config.use_backout else 0.0
+        self.smear_gate = None
         if config.use_smear:
             self.smear_gate, self.smear_scale = backbone.smear_gate.weight.to(self.dtype), backbone.smear_lambda.item()
+        channels = torch.arange(0, self.head_dim, 2, device=model.device, dtype=torch.float32)
+        frequencies = 1.0 / (config.rope_parameters["rope_theta"] ** (channels / self.head_dim))
+        self.frequencies = torch.cat((frequencies, frequencies))
+        self.signs = torch.cat((torch.ones_like(channels), -torch.ones_like(channels)))
         self.value_embeddings = [
             backbone.value_embeds[str(i)].weight if config.has_value_embedding(i) else None
             for i in range(config.num_hidden_layers)
@@ -68,7 +80,7 @@ class DecodeStep:
         joint = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
         if hasattr(attention, "ve_gate"):  # it reads the first channels only
             gate = attention.ve_gate.weight
-            joint.append(F.pad(gate, (0, self.config.hidden_size - VALUE_GATE_CHANNELS)))
+            joint.append(F.pad(gate, (0, self.hidden_size - VALUE_GATE_CHANNELS)))
         others = (attention.o_proj, layer.mlp.fc1, layer.mlp.fc2)
         return torch.cat(joint).to(self.dtype), *(linear.weight.to(self.dtype).t() for linear in others)
 
@@ -87,23 +99,23 @@ class DecodeStep:
             return self._step(ids, positions, cache, mask)
 
     def _step(self, ids, positions, cache, mask) -> torch.Tensor:
-        config, batch, head_dim = self.config, len(ids), self.config.head_dim
+        batch, head_dim = len(ids), self.head_dim
         num_qk = self.num_heads + self.num_kv_heads
         qk_width, kv_width = num_qk * head_dim, self.num_kv_heads * head_dim
-        cos, sin = (table.view(batch, 1, -1) for table in rotary_tables(config, positions[:, None], self.dtype))
-        cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)  # (B, 1, d)
+        angles = positions[:, None, None] * self.frequencies  # (B, 1, d)
+        cos, sin = angles.cos().to(self.dtype), angles.sin().mul_(self.signs).to(self.dtype)
         if mask is not None:
             mask = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill_(mask == 0, float("-inf"))
             mask = mask[:, None, None]
         x = self._norm(F.embedding(ids, self.embedding).to(self.dtype))  # (B, D)
-        if config.use_smear:
-            states = cache.update_conv_state(x[:, :, None], config.num_hidden_layers - 1, conv_kernel_size=1)
+        if self.smear_gate is not None:
+            states = cache.update_conv_state(x[:, :, None], self.num_layers - 1, conv_kernel_size=1)
             gate = torch.sigmoid(F.linear(x[:, :SMEAR_CHANNELS], self.smear_gate))
             x = torch.addcmul(x, gate, states[:, :, -2], value=self.smear_scale)
         x0 = x
         for i, (joint, out, fc1, fc2) in enumerate(self.layers):
-            resid_scale, x0_scale = self.scalars[i]
-            if config.use_residual_scalars:
+            if self.scalars is not None:
+                resid_scale, x0_scale = self.scalars[i]
                 x = (x0 * x0_scale).add_(x, alpha=resid_scale)
             projected = F.linear(self._norm(x), joint)
             qk = projected[:, :qk_width].view(batch, num_qk, head_dim)
@@ -114,9 +126,7 @@ class DecodeStep:
                     v, gate, F.embedding(ids, self.value_embeddings[i]).to(self.dtype).view_as(v), value=3
                 )
             qk = (qk * cos).addcmul_(qk.roll(head_dim // 2, -1), sin)
-            qk = self._norm(qk)
-            if config.qk_scale != 1:
-                qk *= config.qk_scale
+            qk = self._norm(qk, self.qk_scale)
             qk, v = qk[:, :, None], v[:, :, None]  # (B, heads, 1, d)
             k, v = cache.update(qk[:, self.num_heads :], v, i)
             attended = F.scaled_dot_product_attention(
@@ -128,14 +138,24 @@ class DecodeStep:
             )
             x = torch.addmm(x, attended.view(batch, -1), out)
             x = torch.addmm(x, F.relu(self._norm(x) @ fc1).square_(), fc2)
-            if config.use_backout and i == config.num_hidden_layers // 2:
+            if i == self.num_layers // 2:
                 x_middle = x
-        if config.use_backout:
+        if self.backout:
             x = torch.add(x, x_middle, alpha=-self.backout)
-        logits = F.linear(self._norm(x), self.head).float()
+        x = self._norm(x)
+        if self.packs_head:
+            logits = torch.ops.mkldnn._linear_pointwise(x, self.head, None, "none", [], "")
+        else:
+            logits = F.linear(x, self.head).float()
         if not self.with_softcap:
             return logits
-        return logits.div_(config.final_logit_softcapping).tanh_().mul_(config.final_logit_softcapping)
+        return logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
-    def _norm(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, (x.shape[-1],), eps=self.eps)
+    def _norm(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """RMSNorm of the last dimension, times `scale`."""
+        width = x.shape[-1]
+        if x.dtype != torch.float32 or x.is_cuda:
+            return F.rms_norm(x, (width,), eps=self.eps) * scale
+        # On a CPU `rms_norm` is ten small operations; sqrt(mean + eps), written as a hypotenuse, takes four.
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x / torch.hypot(length, self.floors[width]).mul_(width**-0.5 / scale)

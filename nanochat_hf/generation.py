@@ -191,7 +191,7 @@ def decode(
     lengths = torch.tensor([len(row.prompt) for row in rows], device=device)
     seen = _seen_tokens(rows, logits) if sampling.repetition_penalty != 1.0 else None
     only_order_matters = not (sampling.temperature or with_logprobs or seen is not None)
-    fast_step = DecodeStep(model, with_softcap=not only_order_matters) if can_step(model) else None
+    fast_step = None
 
     for step in range(max_new_tokens):
         draws = None if uniforms is None else uniforms[:, step]
@@ -218,6 +218,8 @@ def decode(
             seen.scatter_(1, next_ids[:, None], True)
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        if step == 0 and can_step(model):
+            fast_step = DecodeStep(model, with_softcap=not only_order_matters)
         if fast_step is not None:
             logits = fast_step(next_ids, lengths + step, cache, mask)
         else:
