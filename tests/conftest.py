@@ -74,3 +74,33 @@ def tiny_model(tiny_tokenizer):
             if parameter.numel() == 1 or parameter.std() < 0.01:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
+
+
+@pytest.fixture
+def make_model():
+    """Three layers, two key/value groups, every path alive, windows shorter than 200 tokens; by generation."""
+    from nanochat_hf import NanoChatHFConfig, NanoChatHFForCausalLM
+
+    def make(architecture: str):
+        config = NanoChatHFConfig(
+            architecture=architecture,
+            vocab_size=300,
+            hidden_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+        )
+        model = NanoChatHFForCausalLM(config).eval()
+        for name, parameter in model.named_parameters():
+            # Squared activations are positive: a larger fc2 would add the same vector everywhere, and drown the tokens.
+            std = 0.02 if "fc2" in name else 0.2
+            torch.nn.init.normal_(parameter, mean=0.3 if parameter.ndim == 1 else 0.0, std=std)
+        return model
+
+    return make
+
+
+@pytest.fixture(params=["2026-07", "2025-10"])
+def any_model(request, make_model):
+    return make_model(request.param)

@@ -15,6 +15,13 @@ GOLDEN = Path(os.environ.get("NANOCHAT_HF_GOLDEN", Path(__file__).parents[2] / "
 FOLDERS = sorted({path.parent for path in GOLDEN.glob("model_*/model_*.pt")})
 
 
+def golden_file(golden: Path, name: str) -> Path:
+    """One file of the golden folder; the test is skipped where the folder lacks it."""
+    if not (golden / name).is_file():
+        pytest.skip(f"no {name} in {golden}")
+    return golden / name
+
+
 def per_model(*files: str):
     """Run a test once for each golden model that has these files beside its checkpoint."""
     folders = [folder for folder in FOLDERS if all((folder / file).is_file() for file in files)]

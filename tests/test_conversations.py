@@ -6,6 +6,7 @@ import random
 import datasets
 import numpy as np
 import pytest
+from golden_models import golden_file
 
 from nanochat_hf.data import rows as rows_module
 from nanochat_hf.data.conversations import SOURCES, build_mixture
@@ -37,7 +38,10 @@ def write_jsonl(path, rows):
 
 
 def test_gsm8k_spans_become_calls_as_in_the_golden_case(golden):
-    cases = [json.loads(line)["conversation"]["messages"] for line in open(golden / "tokenizer/render_cases.jsonl")]
+    cases = [
+        json.loads(line)["conversation"]["messages"]
+        for line in open(golden_file(golden, "tokenizer/render_cases.jsonl"))
+    ]
     (solved,) = [case for case in cases if isinstance(case[-1]["content"], list)]
     answer = "Weng earns 12/60 = $<<12/60=0.2>>0.2 per minute.\nShe earned <<0.2*50=10>>10.\n#### 10"
     assert messages_from_gsm8k({"question": solved[0]["content"], "answer": answer}) == solved
@@ -47,8 +51,8 @@ def test_gsm8k_conversations_and_choice_prompts_encode_to_the_golden_ids(golden,
     from nanochat_hf.interop_tokenizer import from_tiktoken_pickle
     from nanochat_hf.tokenizer import encode_conversation, encode_prompt
 
-    tokenizer = from_tiktoken_pickle(golden / "core_eval/tokenizer.pkl")
-    tasks = json.loads((golden / "core_eval/chat_expected.json").read_text())["tasks"]
+    tokenizer = from_tiktoken_pickle(golden_file(golden, "core_eval/tokenizer.pkl"))
+    tasks = json.loads(golden_file(golden, "core_eval/chat_expected.json").read_text())["tasks"]
 
     def shuffled(name, count):
         rows = [json.loads(line) for line in open(shared_data / "eval" / name)]

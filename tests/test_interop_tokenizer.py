@@ -10,6 +10,7 @@ import tempfile
 
 import pytest
 import torch
+from golden_models import golden_file
 
 from nanochat_hf.interop_tokenizer import from_tiktoken_pickle, load_token_bytes, merges_from_ranks
 from nanochat_hf.tokenizer import (
@@ -26,12 +27,6 @@ from nanochat_hf.tokenizer import (
 @pytest.fixture(scope="module")
 def imported(golden):
     return from_tiktoken_pickle(golden_file(golden, "tokenizer/tokenizer.pkl"))
-
-
-def golden_file(golden, name):
-    if not (golden / name).is_file():
-        pytest.skip(f"no {name} in {golden}")
-    return golden / name
 
 
 def golden_cases(golden, name):

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from golden_models import golden_file
 from torch.utils.data import DataLoader
 
 from nanochat_hf.data import packing
@@ -85,7 +86,7 @@ def scan_rows(documents, row_tokens: int, buffer_documents: int, refill_document
 
 
 def test_equals_nanochat(golden, corpus_of):
-    expected = json.loads((golden / "packing.json").read_text())
+    expected = json.loads(golden_file(golden, "packing.json").read_text())
     dataset = PackedDataset(
         corpus_of(expected["docs"]),
         TOKENIZER,
