@@ -49,7 +49,7 @@ def run(config: DecodeBenchmarkConfig) -> tuple[dict, str]:
 
 def make_prompts(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> list[list[int]]:
     """As many beginnings of texts as the largest batch needs, each `num_tokens` long."""
-    texts = (encode_text(tokenizer, text) for text in load_corpus("embedded", "val"))
+    texts = (encode_text(tokenizer, text) for text in load_corpus("embedded", "validation"))
     start = [tokenizer.bos_token_id]
     return list(islice(((start + ids)[:num_tokens] for ids in texts if len(ids) >= num_tokens), max(BATCH_SIZES)))
 
