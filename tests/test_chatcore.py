@@ -135,7 +135,11 @@ def test_rows_are_in_nanochats_order(rows_dir, folder):
 
 def test_several_samples_give_pass_at_k(folder, rows_dir):
     lm = SayingModel(folder, texts=["#### 5", "#### 6", "none", "#### 6"])
-    figures = run(lm, ["chatcore_gsm8k"], metadata={"num_samples": 4})["results"]["chatcore_gsm8k"]
+    results = run(lm, ["chatcore_gsm8k"], metadata={"num_samples": 4})
+    (sample,) = results["samples"]["chatcore_gsm8k"]
+    settings = {"do_sample": True, "temperature": 1.0, "top_k": 50}
+    assert all(settings.items() <= argument[1].items() for argument in sample["arguments"]), "greedy ones are all alike"
+    figures = results["results"]["chatcore_gsm8k"]
     assert figures["acc,none"] == 0.25
     assert [figures[f"pass@{k},none"] for k in (1, 2, 3, 4)] == pytest.approx([0.25, 0.5, 0.75, 1.0])
 

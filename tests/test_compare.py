@@ -19,6 +19,8 @@ from nanochat_hf.evaluation.noise import (
     standard_error,
     unpaired_difference,
 )
+from nanochat_hf.report.metrics import build_metrics
+from nanochat_hf.report.run_records import RunRecords
 
 FLAGS = [1, 0, 1, 1, 0, 0, 1, 0, 1, 0] * 4
 
@@ -120,5 +122,8 @@ def test_a_runs_record_is_a_results_file_of_lm_evals(tmp_path, tiny_model, tiny_
     record = json.loads((tmp_path / "eval" / "core.json").read_text())
     assert "|core_mini_last_word" in make_table(record).replace("| - ", "|").replace(" ", "")
     assert "centered" in make_table(record, "groups")
+    records = RunRecords(tmp_path)
+    assert records.results("core") == record["summary"] and len(record["summary"]["tasks"]) == 3
+    assert build_metrics(records, 1.0)["core"]["core"] == pytest.approx(record["groups"]["core_mini"]["centered,none"])
     table = compare([str(tmp_path), str(tmp_path / "eval" / "core.json")])
     assert "| chatcore_mini_arithmetic | 6 |" in table and table.count("+0.0000 ± 0.0000 (inside the noise)") == 4

@@ -62,6 +62,7 @@ def run(config: CoreBenchmarkConfig) -> tuple[dict, str]:
             started = time.perf_counter()
             flags[name] = sides[name](config.max_per_task)
             seconds[name].append(time.perf_counter() - started)
+            print(f"round {i + 1}, {name}: {seconds[name][-1]:.1f} s", flush=True)
     single, stock, ours = (median(seconds[name]) for name in names)
     accuracy = {name: sum(each) / len(each) for name, each in flags["ours"].items()}
     different = [

@@ -144,16 +144,17 @@ def base_loss(records: RunRecords) -> str:
 
 
 def base_evaluation(records: RunRecords) -> str:
-    """CORE and each task, with the published score of the same task beside it."""
+    """CORE and each task with its standard error, and the published score of the same task beside it."""
     title = "Base model evaluation"
     if "core" not in records:
         return not_run(title)
-    rows = [["CORE metric", number(records.results("core").get("core")), "-", "-", "-"]]
+    rows = [["CORE metric", number(records.results("core").get("core")), "-", "-", "-", "-"]]
     for name, task in tasks_of(records, "core").items():
         published = PUBLISHED_CORE.get(name.removeprefix("core_"))
-        items = task.get("num_items")
-        rows.append([name, number(task["centered"]), number(task.get("accuracy")), number(items), number(published)])
-    header = ["Task", "Centered", "Accuracy", "Items", f"{PUBLISHED_NAME}, centered"]
+        accuracy, items = task.get("accuracy"), task.get("num_items")
+        error = number(standard_error(accuracy, items)) if items else "-"
+        rows.append([name, number(task["centered"]), number(accuracy), error, number(items), number(published)])
+    header = ["Task", "Centered", "Accuracy", "Standard error", "Items", f"{PUBLISHED_NAME}, centered"]
     parts = [heading(records, title, "core"), settings(records, "core"), table(header, rows)]
     if not any(name.removeprefix("core_") in PUBLISHED_CORE for name in tasks_of(records, "core")):
         parts.append(
