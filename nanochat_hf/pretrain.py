@@ -103,7 +103,7 @@ class Pretraining:
         if config.core_every_steps:
             from .evaluation.core_score import core_scorer  # lm-eval takes seconds to import, and few runs need it
 
-            self.core_of = core_scorer(Path(config.run_dir) / "tokenizer", config.core_max_per_task)
+            self.core_of = core_scorer(Path(config.run_dir) / "tokenizer", config.core_max_per_task, self.accelerator)
         self.step, self.seconds_before, self.waiting_batches = 0, 0.0, []
         self.validations: list[float] = []
         self._validation_batches: list[dict] | None = None
@@ -217,7 +217,7 @@ class Pretraining:
 
     def score_core(self) -> None:
         """CORE of the model as it is, on the curve."""
-        core = self.core_of(self.model, self.tokenizer, self.accelerator)
+        core = self.core_of(self.model, self.tokenizer)
         self.log(step=self.step, core=core)
         self.accelerator.print(f"step {self.step:,}: CORE {core:.4f}")
 

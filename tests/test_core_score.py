@@ -58,7 +58,7 @@ def test_flags_and_core_are_lm_evals(folder, core_data, tiny_model, tiny_tokeniz
     halves = [score_tasks(lm, tasks, limit=3, rank=rank, world_size=2) for rank in (0, 1)]
     assert all(sorted(halves[0][name] + halves[1][name]) == sorted(ours[name]) for name in ours)
     tiny_model.train()
-    assert score_model(tasks, 3, tiny_model, tiny_tokenizer, make_accelerator()) == pytest.approx(core)
+    assert score_model(tasks, 3, make_accelerator(), tiny_model, tiny_tokenizer) == pytest.approx(core)
     assert tiny_model.training
 
 

@@ -10,11 +10,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..fsdp import wants_fsdp
 from . import TASKS_DIR
 from .core import CoreTask
 from .lm_eval_model import NanoChatHFLM
@@ -69,20 +71,27 @@ def mean_centered(tasks: dict[str, CoreTask], accuracies: dict[str, float]) -> f
     return sum((accuracies[n] - task.baseline) / (1 - task.baseline) for n, task in tasks.items()) / len(tasks)
 
 
-def core_scorer(tokenizer_folder: Path, limit: int) -> Callable[..., float]:
+def core_scorer(tokenizer_folder: Path, limit: int, accelerator: Accelerator) -> Callable[..., float]:
     """What gives the CORE of a model in training: `score_model` on tasks that are loaded now.
 
     Raises:
-        ValueError: a task's file is missing; before the first step, when it costs nothing.
+        ValueError: a task's file is missing, or a model in pieces, whose processes cannot each score items of their
+            own; before the first step, when it costs nothing.
     """
+    if wants_fsdp(accelerator):
+        raise ValueError("core_every_steps needs the whole model in every process: set it to 0 with FSDP")
     tasks = load_core(str(tokenizer_folder))
     if missing := [task.missing for task in tasks.values() if task.missing]:
         raise ValueError(f"no {', '.join(missing)}; set CORE_DATA_DIR to the folder of CORE's task files")
-    return partial(score_model, tasks, limit)
+    return partial(score_model, tasks, limit, accelerator)
 
 
 def score_model(
-    tasks: dict[str, CoreTask], limit: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, accelerator
+    tasks: dict[str, CoreTask],
+    limit: int,
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> float | None:
     """CORE of a model in training; every process scores its share of the items, and all get the number."""
     was_training = model.training
