@@ -16,6 +16,7 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..attention import cached_attention
 from ..fsdp import wants_fsdp
 from . import TASKS_DIR
 from .core import CoreTask
@@ -96,7 +97,7 @@ def score_model(
     """CORE of a model in training; every process scores its share of the items, and all get the number."""
     was_training = model.training
     lm = NanoChatHFLM(model, tokenizer=tokenizer)
-    with accelerator.autocast():
+    with cached_attention(model), accelerator.autocast():
         flags = score_tasks(lm, tasks, limit, accelerator.process_index, accelerator.num_processes)
     model.train(was_training)
     counts = torch.tensor([[sum(each), len(each)] for each in flags.values()], device=accelerator.device)
