@@ -104,6 +104,16 @@ class PretrainConfig(CorpusConfig):
 
 
 @dataclass
+class SweepConfig(PretrainConfig):
+    """A ladder of pretraining runs; `depth` and the number of steps are derived for each."""
+
+    depths: list[int] = field(default_factory=list, metadata={"help": "depths of the ladder: 2 3 4"})
+    flops: list[float] = field(
+        default_factory=list, metadata={"help": "training FLOPs of a run, one or several budgets: 2e12 4e12"}
+    )
+
+
+@dataclass
 class EvaluationConfig:
     """Evaluation of a run's models through lm-eval."""
 
@@ -207,10 +217,11 @@ class PretrainBenchmarkConfig:
     head_dim: int = field(default=64, metadata={"help": "width of an attention head"})
     window_pattern: str = field(default="L", metadata={"help": "letters S and L tiled over the layers"})
     device_batch_size: int = field(default=16, metadata={"help": "rows of a step"})
-    steps: int = field(default=4, metadata={"help": "steps of one side's turn"})
+    steps: int = field(default=2, metadata={"help": "steps of one side's turn"})
     rounds: int = field(default=3, metadata={"help": "turns of each side; the median counts"})
     plain: bool = field(default=True, metadata={"help": "measure the plain eager fp32 loop, too"})
     compile: bool = field(default=True, metadata={"help": "measure the compiled step, too"})
+    fp8: bool = field(default=False, metadata={"help": "measure the compiled step in fp8, too (H100 and newer)"})
     output: str | None = field(default=None, metadata={"help": "JSON file to write"})
 
 
@@ -253,4 +264,28 @@ class CoreBenchmarkConfig:
         default=None, metadata={"help": "folder with the task files; CORE_DATA_DIR by default"}
     )
     rounds: int = field(default=3, metadata={"help": "turns of each side; the median counts"})
+    output: str | None = field(default=None, metadata={"help": "JSON file to write"})
+
+
+@dataclass
+class AttentionBenchmarkConfig:
+    """`benchmark.py attention`: the shape of a layer's attention."""
+
+    batch_size: int = field(default=4, metadata={"help": "rows"})
+    heads: int = field(default=6, metadata={"help": "heads, of queries and of keys"})
+    head_dim: int = field(default=128, metadata={"help": "width of a head"})
+    time: int = field(default=2048, metadata={"help": "tokens of a row, T"})
+    window: int = field(default=513, metadata={"help": "keys that a query of a windowed layer sees, itself included"})
+    rounds: int = field(default=5, metadata={"help": "passes of each backend; the median counts"})
+    output: str | None = field(default=None, metadata={"help": "JSON file to write"})
+
+
+@dataclass
+class PackingBenchmarkConfig:
+    """`benchmark.py packing`: how long rows are, and over how much they are packed."""
+
+    sequence_length: int = field(default=2048, metadata={"help": "tokens of a row, T"})
+    num_documents: int = field(default=20_000, metadata={"help": "documents to pack, made up"})
+    buffer_documents: int = field(default=1000, metadata={"help": "documents to choose from"})
+    rounds: int = field(default=3, metadata={"help": "times each side is measured; the median counts"})
     output: str | None = field(default=None, metadata={"help": "JSON file to write"})

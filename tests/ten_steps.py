@@ -1,24 +1,22 @@
 """Ten steps of a small model on given rows, by one process or, through torchrun, by two that share the work.
 
-torchrun --nproc_per_node 2 tests/ten_steps.py RESULT.pt SETTINGS.json    # and then a whole small run
+torchrun --nproc_per_node 2 tests/ten_steps.py RESULT.pt    # each with the whole model, and with a piece of it (FSDP2)
 """
 
-import json
 import sys
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from nanochat_hf import NanoChatHFConfig, NanoChatHFForCausalLM, pretrain
-from nanochat_hf.configs import PretrainConfig
+from nanochat_hf import NanoChatHFConfig, NanoChatHFForCausalLM
+from nanochat_hf.fsdp import shard_model, whole_model
 from nanochat_hf.optim import MAX_GRAD_NORM, Schedule, build_optimizer
 from nanochat_hf.training_step import TrainingStep
 
 ROWS, LENGTH, VOCABULARY, STEPS = 32, 16, 256, 10
 
 
-def ten_steps(accelerator: Accelerator, architecture: str, num_batches: int) -> dict:
+def ten_steps(accelerator: Accelerator, architecture: str, num_batches: int, in_pieces: bool = False) -> dict:
     """Losses, final weights and orthogonalised matrices of all processes, in fp32 throughout."""
     world_size, rank = accelerator.num_processes, accelerator.process_index
     torch.manual_seed(0)
@@ -34,6 +32,8 @@ def ten_steps(accelerator: Accelerator, architecture: str, num_batches: int) -> 
             if parameter.numel() == 1 or parameter.std() < 0.01:
                 # Zeros would leave x0_lambdas without a gradient but rounding, which AdamW scales up to full steps.
                 parameter.add_(0.1 * torch.randn_like(parameter))
+    if in_pieces:
+        shard_model(model, accelerator, should_compile=False)
     optimizer = build_optimizer(
         model,
         lr_scale=0.03,
@@ -47,9 +47,10 @@ def ten_steps(accelerator: Accelerator, architecture: str, num_batches: int) -> 
         parts = rows.chunk(world_size)[rank].chunk(num_batches)
         losses.append(step(({"input_ids": p[:, :-1], "shift_labels": p[:, 1:]} for p in parts), i))
     count = torch.tensor(optimizer.num_orthogonalized)
+    whole = whole_model(model)
     return {
         "losses": losses,
-        "weights": model.state_dict(),
+        "weights": whole.state_dict() if whole else None,
         "num_orthogonalized": accelerator.reduce(count, "sum").item(),
         "own_orthogonalized": optimizer.num_orthogonalized,
         "state_numel": sum(v.numel() for state in optimizer.state.values() for v in state.values()),
@@ -58,8 +59,10 @@ def ten_steps(accelerator: Accelerator, architecture: str, num_batches: int) -> 
 
 if __name__ == "__main__":
     processes = Accelerator(cpu=True, mixed_precision="no")
-    results = {name: ten_steps(processes, name, num_batches=1) for name in ("2026-07", "2025-10")}
+    results = {
+        (name, in_pieces): ten_steps(processes, name, num_batches=1, in_pieces=in_pieces)
+        for name in ("2026-07", "2025-10")
+        for in_pieces in (False, True)
+    }
     if processes.is_main_process:
         torch.save(results, sys.argv[1])
-    said = json.loads(Path(sys.argv[2]).read_text())
-    pretrain.pretrain(PretrainConfig(**said), said)

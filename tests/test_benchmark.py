@@ -66,6 +66,22 @@ def test_grpo_sides_write_the_same_tokens(tmp_path, tiny_model, tiny_tokenizer, 
     assert "speedup" in capsys.readouterr().out
 
 
+def test_attention_backends_agree(capsys):
+    shape = "--batch_size 1 --heads 2 --head_dim 32 --time 100 --window 33 --rounds 1"
+    figures = benchmark(["attention", *shape.split()])
+    assert [row["layer"] for row in figures["backends"]] == ["full", "window", "window"]
+    assert all(row["largest_difference"] < 1e-4 and row["seconds"] > 0 for row in figures["backends"])
+    assert "| window | blocks |" in capsys.readouterr().out
+
+
+def test_packing_compares_equal_rows(capsys):
+    figures = benchmark(["packing", "--sequence_length", "256", "--num_documents", "1000", "--rounds", "1"])
+    assert figures["rows_equal"] and figures["tokens_per_second"] > 0
+    assert "| plain scan |" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="num_documents=10 do not fill"):
+        benchmark(["packing", "--num_documents", "10"])
+
+
 def test_an_unknown_subcommand_names_the_nearest():
     with pytest.raises(RecipeError, match="`pretrian` is not one of .*did you mean `pretrain`"):
         benchmark(["pretrian"])

@@ -27,6 +27,7 @@ ROOMMATES = {
     "space": "chat",
     "pretrain_plan": "pretrain",
     "pretrain_model": "pretrain",
+    "sweep": "pretrain",
     "pretrain_estimate": "pretrain",
     "pretrain_checkpoint": "pretrain",
     "interop_checkpoint": "interop",

@@ -58,6 +58,16 @@ def test_a_stopped_run_resumes_exactly(make_run, monkeypatch):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_checkpoint_of_another_number_of_processes_is_refused(make_run):
+    run_dir, config, settings = make_run("two", save_every_steps=2)
+    pretrain.pretrain(config, settings)
+    (folder,) = (run_dir / "checkpoints" / "base").iterdir()
+    (folder / "state-1.pt").write_bytes((folder / "state-0.pt").read_bytes())
+    (run_dir / "eval" / "base.json").unlink()
+    with pytest.raises(ValueError, match="made by 2 processes, now there are 1.*Launch 2"):
+        pretrain.pretrain(config, settings)
+
+
 def test_accumulation_changes_nothing(make_run):
     """One forward pass of four rows, or two of two: the same rows, the same step."""
     losses = {}

@@ -8,7 +8,12 @@ import pytest
 from test_recipes import dataclasses_of
 
 ROOT = Path(__file__).parents[1]
-READMES = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*/README.md")), ROOT / "recipes/teach_a_skill.md"]
+READMES = [
+    ROOT / "README.md",
+    ROOT / "accelerate_configs" / "README.md",
+    *sorted((ROOT / "recipes").glob("*/README.md")),
+    ROOT / "recipes/teach_a_skill.md",
+]
 PROMISED = ("runs/", "../shared/", "my_", "me/")  # what a run makes, or the reader has
 NO_FLAGS = ("scripts/convert.py", "scripts/benchmark.py", "scripts/compare.py")  # a subcommand or paths first
 

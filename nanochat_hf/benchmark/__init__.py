@@ -18,7 +18,7 @@ import transformers
 from ..recipe import RecipeError, nearest, parse_recipe
 from ..stage import write_json
 
-SUBCOMMANDS = ("core", "decode", "grpo", "pretrain")
+SUBCOMMANDS = ("attention", "core", "decode", "grpo", "packing", "pretrain")
 
 
 def benchmark(argv: Sequence[str]) -> dict:

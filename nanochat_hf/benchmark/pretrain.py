@@ -5,6 +5,7 @@ Every side starts from the same weights and takes the same batches of random tok
 - plain: eager, fp32, whole logits, `F.cross_entropy`: what one writes first, and what the speedups divide by
 - bare: our model, precision, fused loss and optimizer in a loop without Accelerate
 - eager, compiled: the step that `scripts/pretrain.py` takes, without and with torch.compile
+- fp8: the compiled step with the layers' matrices in fp8, on a GPU that has it, when asked for
 
     python scripts/benchmark.py pretrain --depth 4 --output pretrain.json
     python scripts/benchmark.py pretrain --depth 20 --head_dim 128 --window_pattern SSSL --sequence_length 2048 \
@@ -22,7 +23,9 @@ from statistics import median
 import torch
 
 from .. import NanoChatHFConfig, NanoChatHFForCausalLM
+from ..attention import use_row_attention
 from ..configs import PretrainBenchmarkConfig
+from ..fp8 import convert_to_fp8
 from ..hardware import peak_flops, supports_bf16
 from ..optim import MAX_GRAD_NORM, MuonAdamW, Schedule, build_optimizer
 from ..scaling import ScalingPlan
@@ -131,7 +134,7 @@ def run(config: PretrainBenchmarkConfig) -> tuple[dict, str]:
     rows = torch.randint(config.vocab_size, (num_steps, config.device_batch_size, config.sequence_length + 1))
     batches = [{"input_ids": row[:, :-1].to(device), "shift_labels": row[:, 1:].to(device)} for row in rows]
 
-    def parts(dtype: torch.dtype | None = None) -> tuple[torch.nn.Module, MuonAdamW, Schedule]:
+    def parts(is_plain: bool = False, fp8: bool = False) -> tuple[torch.nn.Module, MuonAdamW, Schedule]:
         torch.manual_seed(0)
         model = NanoChatHFForCausalLM(
             NanoChatHFConfig(
@@ -141,21 +144,27 @@ def run(config: PretrainBenchmarkConfig) -> tuple[dict, str]:
                 bos_token_id=0, eos_token_id=1, pad_token_id=0,
             )
         ).to(device)  # fmt: skip
+        if not is_plain:
+            use_row_attention(model)
+        if fp8:
+            convert_to_fp8(model, device)
         optimizer = build_optimizer(
-            model, plan.lr_scale, weight_decay=plan.weight_decay, dtype=dtype,
+            model, plan.lr_scale, weight_decay=plan.weight_decay, dtype=torch.float32 if is_plain else None,
             max_grad_norm=MAX_GRAD_NORM[config.architecture],
         )  # fmt: skip
         return model, optimizer, Schedule(config.architecture, num_steps)
 
     steps: dict[str, TakeStep] = {}
     if config.plain:
-        steps["plain"] = plain_step(*parts(torch.float32))
+        steps["plain"] = plain_step(*parts(is_plain=True))
     # On a GPU both loops are compiled, as in real runs; on a CPU the comparison is worth no second compilation.
     bare_is_compiled = config.compile and device.type == "cuda"
     steps["bare"] = bare_step(*parts(), bare_is_compiled)
     steps["eager"] = TrainingStep(accelerator, *parts(), num_batches=1, should_compile=False)
     if config.compile:
         steps["compiled"] = TrainingStep(accelerator, *parts(), num_batches=1, should_compile=True)
+    if config.fp8:
+        steps["fp8"] = TrainingStep(accelerator, *parts(fp8=True), num_batches=1, should_compile=config.compile)
     sides = {name: Side(step, batches, device) for name, step in steps.items()}
     measure(sides, config)
 
