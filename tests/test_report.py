@@ -186,7 +186,7 @@ def test_a_figure_that_is_none_stays_one(run_dir):
     build_report(ReportConfig(run_dir=str(run_dir)))
     metrics = json.loads((run_dir / "metrics.json").read_text(), parse_constant=pytest.fail)
     assert metrics["core"]["core"] is None
-    assert "| core_copa | - | - | - | 0.3200 |" in (run_dir / "report.md").read_text()
+    assert "| core_copa | - | - | - | - | 0.3200 |" in (run_dir / "report.md").read_text()
 
 
 def test_paired_test_counts_problems_and_is_exact(run_dir):
