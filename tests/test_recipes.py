@@ -89,6 +89,14 @@ def test_a_script_ends_with_one_line_on_bad_input():
     assert done.stderr.strip() == "error: the command line: unknown setting `--run_dirr`; did you mean `--run_dir`?"
 
 
+def test_a_training_script_starts_from_its_own_folder(tmp_path):
+    """Beside it lies scripts/evaluate.py, which must not hide the library `evaluate` that the training loop needs."""
+    flags = ["--config", "recipes/tiny/pretrain.yaml", "--run_dir", str(tmp_path), "--vocab_size", "4096", "--plan"]
+    done = subprocess.run([sys.executable, "scripts/pretrain.py", *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Pretraining plan: depth 3")
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_accelerate_knows_the_configuration(path):
     from accelerate.commands.config.config_args import load_config_from_file

@@ -3,7 +3,12 @@
 Nothing is imported here: lm-eval is heavy, and `bpb` alone must stay light enough for the training loop.
 """
 
+import sys
 from pathlib import Path
+
+# Python puts a script's own folder first on the path, where scripts/evaluate.py would hide the library `evaluate`.
+_SCRIPTS = str(Path(__file__).parents[2] / "scripts")
+sys.path[:] = [folder for folder in sys.path if folder != _SCRIPTS]
 
 TASKS_DIR = Path(__file__).with_name("tasks")  # for lm-eval's --include_path
 CORE_DATA_DIR = "~/.cache/nanochat_hf/core"  # where scripts/get_core_data.py puts CORE's files, unless told otherwise
