@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .tokenizer import load_tokenizer
@@ -73,7 +74,7 @@ def load_model(path: str | Path, dtype: torch.dtype | str = torch.float32) -> tu
         raise ValueError(f"{path} is not a model folder: it has no config.json. A stage that finished writes one")
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"no model at {path}: neither a folder nor a Hub id that opens ({reason})") from error
     return model, load_tokenizer(path)

@@ -68,7 +68,7 @@ class PretrainConfig(CorpusConfig):
     num_steps: int | None = field(default=None, metadata={"help": "optimizer steps, instead of the horizon"})
     total_batch_tokens: int | None = field(default=None, metadata={"help": "tokens of one optimizer step"})
     device_batch_size: int = field(default=32, metadata={"help": "rows of one forward pass on one device"})
-    learning_rates: dict | None = field(
+    learning_rates: dict[str, float] | None = field(
         default=None,
         metadata={"help": "nominal rates by optimizer group instead of the architecture's: {matrix: 0.02}"},
     )
@@ -90,7 +90,9 @@ class PretrainConfig(CorpusConfig):
     keep_optimizer_state: bool = field(
         default=False, metadata={"help": "write the optimizer's state beside the model, for an SFT that carries it on"}
     )
-    tracker: str | None = field(default=None, metadata={"help": "trackio or wandb, through Accelerate; off by default"})
+    tracker: Literal["trackio", "wandb"] | None = field(
+        default=None, metadata={"help": "trackio or wandb, through Accelerate, if it is installed; off by default"}
+    )
     push_to_hub: bool = field(
         default=False, metadata={"help": "run.sh publishes the run when this stage has finished, to `hub_model_id`"}
     )

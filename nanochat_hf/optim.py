@@ -61,11 +61,11 @@ def learning_rates_of(
         lr_scale: factor of every rate but smear and backout.
         nominal: rates by group instead of the architecture's.
     """
-    rates = {}
+    rates, nominal = {}, {name: float(lr) for name, lr in (nominal or {}).items()}  # YAML reads 4e-2 as text
     for name, group in ADAMW_GROUPS[architecture].items():
         width_factor = (hidden_size / 768) ** -0.5 if group.by_width else 1.0
-        rates[name] = (nominal or {}).get(name, group.lr) * width_factor * (lr_scale if group.by_batch else 1.0)
-    return rates | {"matrix": (nominal or {}).get("matrix", MATRIX_LR) * lr_scale}
+        rates[name] = nominal.get(name, group.lr) * width_factor * (lr_scale if group.by_batch else 1.0)
+    return rates | {"matrix": nominal.get("matrix", MATRIX_LR) * lr_scale}
 
 
 def group_of(name: str) -> str:
@@ -183,9 +183,9 @@ class Schedule:
     def __init__(self, architecture: str, num_steps: int):
         self.architecture, self.num_steps = architecture, num_steps
         newest = architecture == "2026-07"
-        warmup_steps, warmdown_fraction, final_fraction = (40, 0.65, 0.05) if newest else (0, 0.2, 0.0)
-        self.warmdown_steps = round(warmdown_fraction * num_steps)
-        self.lr_factor = warmdown_lambda(num_steps, warmup_steps, warmdown_fraction, final_fraction)
+        self.warmup_steps, self.warmdown_fraction, self.final_fraction = (40, 0.65, 0.05) if newest else (0, 0.2, 0.0)
+        self.warmdown_steps = round(self.warmdown_fraction * num_steps)
+        self.lr_factor = warmdown_lambda(num_steps, self.warmup_steps, self.warmdown_fraction, self.final_fraction)
 
     def momentum(self, step: int) -> float:
         """Muon's momentum at a step; in a short run the warmup wins over the warmdown, as upstream."""

@@ -58,8 +58,8 @@ def pretrain(config: PretrainConfig, settings: dict) -> None:
     if stage.finished:
         print("base: finished before, nothing to do")
         return
-    tokenizer = load_tokenizer(folder)
     planned_vocab_size(config, folder)
+    tokenizer = load_tokenizer(folder)
     run = Pretraining(config, stage, tokenizer)
     with stage:
         run.train()
@@ -129,13 +129,8 @@ class Pretraining:
         if config.tracker:
             self.accelerator.init_trackers("nanochat-hf", config=vars(config))
         previous_handlers = {s: signal.signal(s, self.request_stop) for s in (signal.SIGTERM, signal.SIGINT)}
-        bar = tqdm(
-            total=plan.num_steps,
-            initial=self.step,
-            desc="base",
-            disable=not self.accelerator.is_main_process,
-            mininterval=1,
-        )
+        is_silent = not self.accelerator.is_main_process
+        bar = tqdm(total=plan.num_steps, initial=self.step, desc="base", disable=is_silent, mininterval=1)
         num_batches = (plan.num_steps - self.step) * self.take_step.num_batches
         device = self.accelerator.device
         self.batches = BatchesAhead(
@@ -266,6 +261,8 @@ class Pretraining:
         """Write the model folder, the losses on both splits, the samples, and fill the record."""
         run_dir, plan = Path(self.config.run_dir), self.plan
         model = whole_model(self.model)
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         if self.accelerator.is_main_process:
             with atomic_folder(run_dir / "base") as folder:
                 save_model(model, self.tokenizer, folder)
@@ -284,6 +281,8 @@ class Pretraining:
             "num_steps": plan.num_steps,
             "tokens": plan.num_tokens,
             "tokens_per_parameter": plan.num_tokens / plan.scaling_parameters,
+            "total_batch_tokens": plan.total_batch_tokens,
+            **self.take_step.settings(),
             "world_size": self.accelerator.num_processes,
             "untrained_val_bpb": self.validations[0],
             "min_val_bpb": min(self.validations),

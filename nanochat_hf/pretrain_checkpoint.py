@@ -65,12 +65,14 @@ class Checkpoints:
         """The newest checkpoint's folder and this process's state; None where there is none.
 
         Raises:
-            ValueError: it was made by another number of processes.
+            ValueError: it was made by another number of processes, or holds no state to resume from.
         """
         folder = last_checkpoint(self.folder)
         if folder is None:
             return None
         made_by, now = len(list(folder.glob("state-*.pt"))), self.accelerator.num_processes
+        if not made_by:
+            raise ValueError(f"{folder} holds no state-*.pt, so it is no checkpoint to resume from: delete it")
         if made_by != now:
             raise ValueError(
                 f"{folder} was made by {made_by} processes, now there are {now}: optimizer shards and data positions "

@@ -29,7 +29,7 @@ def planned_vocab_size(config: PretrainConfig, tokenizer_folder: Path) -> int:
     Raises:
         ValueError: neither is there, or they differ.
     """
-    if not tokenizer_folder.is_dir() and config.vocab_size is not None:
+    if not tokenizer_folder.is_dir() and config.plan and config.vocab_size is not None:
         return config.vocab_size
     if not tokenizer_folder.is_dir():
         raise ValueError(f"there is no {tokenizer_folder} yet: train the tokenizer first, or give --vocab_size")
@@ -48,6 +48,8 @@ def accumulation_steps(plan: ScalingPlan, config: PretrainConfig, num_processes:
     Raises:
         ValueError: the batch is not a whole number of forward passes; names the nearest that is.
     """
+    if config.device_batch_size < 1:
+        raise ValueError(f"device_batch_size must be 1 or more, got {config.device_batch_size}")
     tokens = config.device_batch_size * config.sequence_length * num_processes
     if plan.total_batch_tokens % tokens:
         near = max(1, round(plan.total_batch_tokens / tokens)) * tokens

@@ -10,6 +10,7 @@ check: an unknown key names its nearest valid neighbour, a wrong type names what
 import dataclasses
 import difflib
 import importlib
+import signal
 import sys
 import types
 import typing
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import yaml
+from safetensors import SafetensorError
 
 
 class RecipeError(ValueError):
@@ -38,7 +40,7 @@ def parse_recipe(*dataclass_types: type, argv: Sequence[str] | None = None) -> t
     """
     from trl import TrlParser
 
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [part for a in (sys.argv[1:] if argv is None else argv) for part in _split_config_flag(a)]
     fields = {f.name: f for t in dataclass_types for f in dataclasses.fields(t) if f.init}
     hints = {name: hint for t in dataclass_types for name, hint in typing.get_type_hints(t).items()}
     source = "command line"
@@ -86,11 +88,16 @@ def read_yaml(path: str | Path) -> dict:
 
 
 def run_command(main: Callable[[], object]) -> None:
-    """Run a script's main; bad input (a `ValueError`) and interruption become one line on stderr and an exit status."""
+    """Run a script's main; bad input (a `ValueError`), trouble with the disk and interruption become one line on stderr
+    and an exit status."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # run.sh starts the launcher deaf to Ctrl-C
     try:
         main()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (OSError, SafetensorError) as error:  # the latter is what a full disk makes of saving weights
+        print(f"error: {error}\nWhat was saved before is whole: mend this and run the command again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped", file=sys.stderr)
@@ -122,6 +129,10 @@ def load_function(path: str, what: str) -> Callable:
     return getattr(module, name)
 
 
+def _split_config_flag(argument: str) -> list[str]:
+    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
+
+
 def _check_key(key: str, fields: dict, source: str, prefix: str = "") -> None:
     name = key[3:] if prefix and key.startswith("no_") and key[3:] in fields else key  # argparse's --no_flag
     if name not in fields:
@@ -150,8 +161,14 @@ def _matches(value: object, hint: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint in (bool, str, list, dict):
         return isinstance(value, hint)
-    if origin in (list, dict, tuple):
-        return isinstance(value, origin if origin is not tuple else (list, tuple))
+    if origin in (list, tuple):
+        item = next((arm for arm in typing.get_args(hint) if arm is not Ellipsis), object)
+        return isinstance(value, (list, tuple)) and all(_matches(entry, item) for entry in value)
+    if origin is dict:
+        key_hint, value_hint = typing.get_args(hint)
+        return isinstance(value, dict) and all(
+            _matches(k, key_hint) and _matches(v, value_hint) for k, v in value.items()
+        )
     return True
 
 

@@ -1,7 +1,8 @@
 """One record per stage of a run: `<run_dir>/eval/<stage>.json`, written when the stage has finished.
 
 Stages meet only through directories on disk. A record makes `run.sh` resumable (a stage whose record exists is done),
-protects a run folder from another recipe, and is all the report reads. Curves go to `<run_dir>/logs/<stage>.jsonl`.
+protects a run folder from another recipe, and is all the report reads. Curves go to `<run_dir>/logs/<stage>.jsonl`, and
+the settings a stage was started with to `<run_dir>/logs/<stage>.settings.json`.
 
     stage = Stage(run_dir, "base", settings)
     if stage.finished:
@@ -26,10 +27,11 @@ class Stage:
     Args:
         run_dir: the run's folder, e.g. `runs/tiny`.
         name: the record's name: a stage (`base`) or an evaluation (`core`).
-        settings: what the recipe said, JSON-ready; a finished record with other settings is a `ValueError`.
+        settings: what the recipe said, JSON-ready.
 
     Raises:
-        ValueError: the record on disk was made with other settings, so this folder belongs to another recipe.
+        ValueError: the record, or the checkpoints of an unfinished stage, were made with other settings, so this folder
+            belongs to another recipe; or a folder of the stage's name is there that no stage has written.
     """
 
     def __init__(self, run_dir: str | Path, name: str, settings: dict):
@@ -38,31 +40,44 @@ class Stage:
         self.log_path = self.run_dir / "logs" / f"{name}.jsonl"
         # Where a run lies is no setting of it: a folder that was moved is still the same run.
         self.settings = {k: v for k, v in json.loads(json.dumps(settings, default=str)).items() if k != "run_dir"}
+        self.started_path = self.run_dir / "logs" / f"{name}.settings.json"
         self.results: dict = {}
         self.results_file: dict = {}  # an evaluation's: lm-eval's own results, whose keys the record then has as well
         self.finished = False
         if self.path.is_file():
             record = json.loads(self.path.read_text())
             self._refuse_other_recipe(record["settings"])
-            self.results, self.finished = results_of(record), True
+            self.results = results_of(record)
+            self.finished = name not in STAGES or (self.run_dir / name).is_dir()
+        elif self.started_path.is_file():
+            if any((self.run_dir / "checkpoints" / name).glob("*")):
+                hint = f" To go on from its checkpoints all the same, delete {self.started_path}."
+                self._refuse_other_recipe(json.loads(self.started_path.read_text()), hint)
+        elif (self.run_dir / name).is_dir():
+            raise ValueError(
+                f"{self.run_dir / name} is there already, and no stage of this run has written it: move it away, or "
+                f"choose another folder (--output_dir)"
+            )
 
-    def _refuse_other_recipe(self, theirs: dict) -> None:
+    def _refuse_other_recipe(self, theirs: dict, hint: str = "") -> None:
         differing = sorted(k for k in theirs.keys() | self.settings.keys() if theirs.get(k) != self.settings.get(k))
         if differing:
             key = differing[0]
             raise ValueError(
                 f"{self.run_dir} belongs to another recipe: its stage `{self.name}` was made with "
                 f"{key}={theirs.get(key)!r}, now {key}={self.settings.get(key)!r}. "
-                f"Choose another folder (--output_dir), or start this one over (--fresh)."
+                f"Choose another folder (--output_dir), or start this one over (--fresh).{hint}"
             )
 
     def __enter__(self) -> "Stage":
         self.started = time.time()
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        if is_first_process():
+            write_json(self.started_path, self.settings)
         return self
 
     def __exit__(self, error_type, error, traceback) -> None:
-        if error_type is not None or os.environ.get("RANK", "0") != "0":  # of several processes the first writes
+        if error_type is not None or not is_first_process():
             return
         finished = time.time()
         record = {
@@ -82,6 +97,11 @@ class Stage:
         """Append one line of figures to the stage's curve."""
         with open(self.log_path, "a") as file:
             file.write(json.dumps(figures) + "\n")
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one of several that writes."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def results_of(record: dict) -> dict:

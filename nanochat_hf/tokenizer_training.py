@@ -61,11 +61,12 @@ def train_tokenizer(config: TokenizerConfig) -> PreTrainedTokenizerFast:
         if settings[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {settings[name]}")
     stage = Stage(config.run_dir, "tokenizer", settings)
-    if stage.finished and folder.is_dir():
+    if stage.finished:
         print(f"tokenizer: already trained, {folder} (--fresh in run.sh starts over)")
         return load_tokenizer(folder)
     corpus = load_corpus(config.dataset, "train", on_bad_shard=config.on_bad_shard)
     documents = CappedDocuments(corpus, config.max_chars, config.max_document_chars)
+    next(iter(load_corpus(config.dataset, "validation", on_bad_shard=config.on_bad_shard)))  # read before the work
     with stage:
         started = time.perf_counter()
         if config.start_from is not None:

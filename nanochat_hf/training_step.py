@@ -6,6 +6,7 @@ whole in every process and not wrapped in DDP: the optimizer itself averages gra
 
 import math
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -16,12 +17,20 @@ from .hardware import supports_bf16
 from .optim import MuonAdamW, Schedule
 
 
-def make_accelerator(**settings) -> Accelerator:
-    """Accelerate's handle on the machine: bf16 where it is fast; several processes on CPUs talk through gloo."""
+def make_accelerator(log_with: str | None = None, **settings) -> Accelerator:
+    """Accelerate's handle on the machine: bf16 where it is fast; several processes on CPUs talk through gloo.
+
+    Raises:
+        ValueError: the tracker `log_with` is not installed; Accelerate itself would track nothing and not say so.
+    """
+    if log_with and find_spec(log_with) is None:
+        raise ValueError(f"tracker: {log_with} is not installed: pip install {log_with}")
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     device = PartialState(cpu=on_cpu).device
     AcceleratorState._reset_state()  # the precision another stage chose in this process does not bind this one
-    return Accelerator(cpu=on_cpu, mixed_precision="bf16" if supports_bf16(device) else "no", **settings)
+    return Accelerator(
+        cpu=on_cpu, mixed_precision="bf16" if supports_bf16(device) else "no", log_with=log_with, **settings
+    )
 
 
 def compute_dtype(accelerator: Accelerator) -> torch.dtype:
@@ -91,6 +100,19 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         self.lap("optimizer")
         return mean
+
+    def settings(self) -> dict:
+        """What a step does with the gradients, derived values included, for the record."""
+        groups, schedule = self.optimizer.param_groups, self.schedule
+        return {
+            "learning_rates": {group["name"]: group["initial_lr"] for group in groups},
+            "weight_decay": next((g["initial_weight_decay"] for g in groups if g["kind"] == "muon"), 0.0),
+            "max_grad_norm": self.optimizer.max_grad_norm,
+            "warmup_steps": schedule.warmup_steps,
+            "warmdown_fraction": schedule.warmdown_fraction,
+            "final_lr_fraction": schedule.final_fraction,
+            "dtype": str(compute_dtype(self.accelerator)).removeprefix("torch."),
+        }
 
     def lap(self, part: str) -> None:
         """A part of the step has ended; the benchmark puts its clock here."""

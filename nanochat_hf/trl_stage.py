@@ -219,6 +219,8 @@ def train_stage(trainer, stage: Stage, figure: str, *callbacks: TrainerCallback)
         "tokens_per_second": (tokens - curve.tokens_before) / curve.seconds,
         "training_seconds": curve.seconds,
         "world_size": trainer.args.world_size,
+        "dtype": "bfloat16" if trainer.args.bf16 else "float32",
+        "learning_rates": {group.get("name", "all"): group["initial_lr"] for group in trainer.optimizer.param_groups},
     }
 
 

@@ -63,7 +63,7 @@ start_line() {
     cd "$root"
     run_dir="${run_dir#"$root"/}"
     [ "$fresh" = no ] || start_over
-    if [ -d "$run_dir" ] && [ ! -f "$run_dir/sessions.jsonl" ] && [ ! -d "$run_dir/eval" ] && [ -n "$(ls -A "$run_dir")" ]; then
+    if [ -d "$run_dir" ] && [ ! -f "$run_dir/sessions.jsonl" ] && ! grep -qs '"settings"' "$run_dir"/eval/*.json && [ -n "$(ls -A "$run_dir")" ]; then
         fail "$run_dir is not empty and is no run folder; choose another one with --output_dir"
     fi
     set_up_venv train,eval
@@ -93,7 +93,7 @@ choose_launcher() {
     fi
     [ -f "$config" ] || fail "ACCELERATE_CONFIG: no file $config; accelerate_configs/ holds $(ls accelerate_configs | tr '\n' ' ')"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')}"
-    launch=(accelerate launch --config_file "$config")
+    launch=(accelerate launch --quiet --config_file "$config")  # quiet: no traceback after the stage's own message
 }
 
 note() { printf '{"time": %s, "event": "%s", "name": "%s"}\n' "$(date +%s)" "$1" "${2:-}" >>"$run_dir/sessions.jsonl"; }
@@ -108,7 +108,7 @@ stage() {
     local record="$1" ran="$run_dir/logs/$1.ran" argument
     shift
     { printf '%s\n' "$*"; for argument in "$@"; do case "$argument" in *.yaml) cat "$argument" ;; esac; done; } >"$ran.now"
-    if [ -f "$run_dir/eval/$record.json" ] && cmp -s "$ran" "$ran.now"; then
+    if [ -f "$run_dir/eval/$record.json" ] && has_folder "$record" && cmp -s "$ran" "$ran.now"; then
         echo "== $record: finished earlier"
         rm "$ran.now"
         return
@@ -117,11 +117,20 @@ stage() {
     local repo_id
     repo_id="$(hub_target "$@")"
     note stage_start "$record"
-    "$@" --run_dir "$run_dir" || stop_line "$record" $?
+    # Ctrl-C is for the stage, which saves first; its launcher would leave at once. Of one that came too early for the
+    # stage to notice we know here.
+    interrupted=no
+    trap 'interrupted=yes' INT
+    (trap '' INT; exec "$@" --run_dir "$run_dir") || stop_line "$record" $?
+    trap - INT
+    [ "$interrupted" = no ] || stop_line "$record" 130
     note stage_end "$record"
     [ -z "$repo_id" ] || python scripts/publish.py --run "$run_dir" --repo_id "$repo_id" || stop_line "$record" $?
     mv "$ran.now" "$ran"
 }
+
+# A model or tokenizer that was deleted is made again; an evaluation has no folder.
+has_folder() { case "$1" in tokenizer | base | mid | sft | rl | dpo) [ -d "$run_dir/$1" ] ;; esac; }
 
 # Where a stage's recipe wants the run's models published when it has finished: `push_to_hub: true`, `hub_model_id: me/name`.
 hub_target() {

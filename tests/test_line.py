@@ -1,9 +1,12 @@
 """The shell side of a recipe: flags, resuming without starting Python, starting over, and the times of a session."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +25,7 @@ finish_line
 """
 
 # A stage: refuses another recipe's folder as stage.py does, and fails when the file `broken` asks for it.
-FAKE = """import json, pathlib, sys
+FAKE = """import json, pathlib, signal, sys, time
 name, run = sys.argv[1], pathlib.Path(sys.argv[sys.argv.index("--run_dir") + 1])
 settings = pathlib.Path(sys.argv[3]).read_text() + " ".join(sys.argv[4:-2])
 record = run / "eval" / f"{name}.json"
@@ -30,6 +33,16 @@ with open("calls.log", "a") as log:
     log.write(name + "\\n")
 if pathlib.Path("broken").is_file() and pathlib.Path("broken").read_text() == name:
     sys.exit(7)
+if pathlib.Path("slow").is_file() and pathlib.Path("slow").read_text() == name:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    pathlib.Path("running").touch()
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        time.sleep(0.5)
+        with open("calls.log", "a") as log:
+            log.write("saved\\n")
+        sys.exit(130)
 if record.is_file():
     sys.exit(0 if json.loads(record.read_text()) == settings else 2)
 record.write_text(json.dumps(settings))
@@ -94,6 +107,24 @@ def test_it_resumes_at_the_stage_that_failed(toy):
     (toy / "broken").unlink()
     done, calls = run(toy)
     assert (done.returncode, calls) == (0, ["two", "report"])
+
+
+def test_ctrl_c_waits_for_the_stage_to_save(toy):
+    """The stage runs below a launcher, as below Accelerate's, which would leave at once if it heard the signal."""
+    launcher = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, *sys.argv[1:]]))"
+    (toy / "launcher.py").write_text(launcher)
+    path = toy / "recipes" / "toy" / "run.sh"
+    path.write_text(path.read_text().replace("python scripts/fake.py two", "python launcher.py scripts/fake.py two"))
+    (toy / "slow").write_text("two")
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(["bash", str(path)], cwd=toy, start_new_session=True, **pipes) as line:
+        while not (toy / "running").is_file():
+            assert line.poll() is None
+            time.sleep(0.05)
+        os.killpg(line.pid, signal.SIGINT)
+        assert line.wait(timeout=30) == 130
+        assert (toy / "calls.log").read_text().split() == ["one", "two", "saved"]
+        assert "stopped in stage two" in line.stderr.read()
 
 
 def test_changed_settings_are_the_stages_to_judge(toy):

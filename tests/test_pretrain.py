@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_runs import curve, small_run
 
-from nanochat_hf import NanoChatHFForCausalLM, pretrain
+from nanochat_hf import NanoChatHFForCausalLM, pretrain, training_step
 from nanochat_hf.checkpoint import load_model
 from nanochat_hf.configs import PretrainConfig
 from nanochat_hf.pretrain_estimate import describe_plan
@@ -124,10 +124,47 @@ def test_a_batch_that_does_not_divide_names_the_nearest(make_run):
         pretrain.pretrain(config, settings)
 
 
-def test_a_run_without_tokenizer(tmp_path):
-    config = PretrainConfig(run_dir=str(tmp_path))
-    with pytest.raises(ValueError, match="tokenizer"):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"device_batch_size": 0}, "device_batch_size must be 1 or more, got 0"),
+        ({"tracker": "trackio"}, "tracker: trackio is not installed: pip install trackio"),
+        (
+            {"learning_rates": {"matirx": 0.1}},
+            "learning_rates names \\['matirx'\\]; this model's groups are .*matrix",
+        ),
+    ],
+)
+def test_bad_settings_cost_nothing(make_run, monkeypatch, change, message):
+    monkeypatch.setattr(training_step, "find_spec", lambda name: None)
+    run_dir, config, settings = make_run("bad", **change)
+    with pytest.raises(ValueError, match=message):
+        pretrain.pretrain(config, settings)
+    assert not (run_dir / "logs").exists() and not (run_dir / "eval").exists()
+
+
+def test_a_checkpoint_without_state_is_named(make_run):
+    run_dir, config, settings = make_run("stateless")
+    (run_dir / "checkpoints" / "base" / "step-000002").mkdir(parents=True)
+    with pytest.raises(ValueError, match="step-000002 holds no state.*delete it"):
+        pretrain.pretrain(config, settings)
+
+
+@pytest.mark.parametrize("vocab_size", [None, 512])
+def test_a_run_without_tokenizer(tmp_path, vocab_size):
+    config = PretrainConfig(run_dir=str(tmp_path), vocab_size=vocab_size)
+    with pytest.raises(ValueError, match="train the tokenizer first"):
         pretrain.pretrain(config, {})
+
+
+def test_rates_that_yaml_reads_as_text(make_run):
+    run_dir, config, settings = make_run("text", learning_rates={"matrix": "4e-2"}, num_steps=1)
+    pretrain.pretrain(config, settings)
+    record = json.loads((run_dir / "eval" / "base.json").read_text())["results"]
+    numbers = make_run("numbers", learning_rates={"matrix": 0.04}, num_steps=1)
+    pretrain.pretrain(*numbers[1:])
+    same = json.loads((numbers[0] / "eval" / "base.json").read_text())["results"]
+    assert record["learning_rates"] == same["learning_rates"] and record["val_bpb"] == same["val_bpb"]
 
 
 def test_the_plan_of_the_published_run(capsys):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
+from safetensors import SafetensorError
 
 from nanochat_hf.recipe import RecipeError, parse_recipe, run_command
 
@@ -17,6 +18,8 @@ class Example:
     kind: Literal["a", "b"] = "a"
     sources: list[dict] = field(default_factory=list)
     compile: bool = False
+    rates: dict[str, float] | None = None
+    sizes: list[int] | None = None
 
 
 def write(tmp_path, text):
@@ -28,7 +31,7 @@ def write(tmp_path, text):
 def test_command_line_wins_over_yaml_over_default(tmp_path):
     path = write(tmp_path, "depth: 4\nrate: 2\nsources: [{source: x}]\n")
     example, settings = parse_recipe(Example, argv=["--config", path, "--depth", "6"])
-    assert dataclasses.astuple(example) == (6, 2, None, "a", [{"source": "x"}], False)
+    assert dataclasses.astuple(example) == (6, 2, None, "a", [{"source": "x"}], False, None, None)
     assert settings == {"depth": 6, "rate": 2, "sources": [{"source": "x"}]}
 
 
@@ -38,6 +41,9 @@ def test_command_line_wins_over_yaml_over_default(tmp_path):
         ("dept: 4", "unknown setting `dept`; did you mean `depth`"),
         ("depth: four", "`depth` must be int, got 'four'"),
         ("depth: true", "`depth` must be int, got True"),
+        ("rates: {matrix: fast}", "`rates` must be dict\\[str, float\\] | None, got {'matrix': 'fast'}"),
+        ("rates: 0.1", "`rates` must be dict"),
+        ("sizes: [1, two]", "`sizes` must be list\\[int\\] | None, got \\[1, 'two'\\]"),
         ("rate: fast", "`rate` must be float"),
         ("kind: c", "`kind` must be .*'a', 'b'"),
         ("compile: 1", "`compile` must be bool"),
@@ -63,6 +69,24 @@ def test_bad_flags(tmp_path):
         parse_recipe(Example, argv=["--config", str(tmp_path / "absent.yaml")])
     with pytest.raises(RecipeError, match="--config needs a file"):
         parse_recipe(Example, argv=["--config"])
+
+
+def test_config_may_be_joined_to_its_file(tmp_path):
+    path = write(tmp_path, "depth: 4\n")
+    assert parse_recipe(Example, argv=[f"--config={path}", "--rate=2"])[0].depth == 4
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")]
+)
+def test_a_full_disk_is_no_traceback(capsys, error):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(main)
+    assert stop.value.code == 2
+    assert "No space left on device\nWhat was saved before is whole" in capsys.readouterr().err
 
 
 def test_run_command_prints_one_line(capsys):

@@ -6,11 +6,17 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
+import torch
 import yaml
 
-from nanochat_hf.recipe import RecipeError, parse_recipe
+from nanochat_hf import NanoChatHFForCausalLM
+from nanochat_hf.data.conversations import check_source
+from nanochat_hf.pretrain_plan import accumulation_steps, model_config, scaling_plan
+from nanochat_hf.recipe import RecipeError, load_function, parse_recipe
+from nanochat_hf.trl_stage import lora_config
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").iterdir() if path.is_dir())
@@ -58,6 +64,23 @@ def test_yaml_parses(recipe, stem, script, monkeypatch):
         (instance,) = [instance for instance in instances if hasattr(instance, key)][:1]
         given = getattr(instance, key)
         assert given == (type(given)(value) if isinstance(given, (int, float)) else value), key
+
+
+@each_yaml
+def test_what_a_yaml_asks_for_can_be_built(recipe, stem, script):
+    flags = ["--use_cpu", "true"] if script in ("sft", "dpo", "grpo") else []
+    config = parse_recipe(*dataclasses_of(script), argv=["--config", str(recipe / f"{stem}.yaml"), *flags])[0]
+    if script == "pretrain":
+        plan = scaling_plan(config, config.vocab_size or 4096)
+        assert accumulation_steps(plan, config, num_processes=1) >= 1 and plan.num_steps >= 1
+        with torch.device("meta"):
+            NanoChatHFForCausalLM(model_config(plan, config, MagicMock(bos_token_id=0, eos_token_id=1, pad_token_id=1)))
+    for position, source in enumerate(getattr(config, "mixture", [])):
+        check_source(position, source)
+    for reward in getattr(config, "rewards", []):
+        load_function(reward, "reward")
+    if getattr(config, "peft", None):
+        assert lora_config(config).target_modules
 
 
 @each_yaml

@@ -16,6 +16,8 @@ def test_a_finished_stage_is_recorded_and_found_again(tmp_path):
     assert record["settings"] == {"depth": 4} and record["results"] == {"val_bpb": 1.5}
     assert 0 <= record["seconds"] == record["finished"] - record["started"] and record["peak_memory_mib"] > 0
     assert [json.loads(line)["loss"] for line in (tmp_path / "logs" / "base.jsonl").open()] == [2.0, 1.0]
+    assert not Stage(tmp_path, "base", {"depth": 4}).finished, "its folder is not there"
+    (tmp_path / "base").mkdir()
     again = Stage(tmp_path, "base", {"depth": 4})
     assert again.finished and again.results == {"val_bpb": 1.5}
 
@@ -39,3 +41,21 @@ def test_another_recipe_is_refused(tmp_path):
         Stage(tmp_path, "base", {"depth": 6})
     with pytest.raises(ValueError, match="belongs to another recipe"):
         Stage(tmp_path, "base", {"depth": 4, "dataset": "x"})
+
+
+def test_another_recipe_does_not_go_on_from_checkpoints(tmp_path):
+    """Before there is a checkpoint nothing is lost, and a recipe may be mended; afterwards it is another one."""
+    with pytest.raises(RuntimeError), Stage(tmp_path, "base", {"depth": 4}):
+        raise RuntimeError("killed")
+    with pytest.raises(RuntimeError), Stage(tmp_path, "base", {"depth": 6}):
+        (tmp_path / "checkpoints" / "base" / "step-000002").mkdir(parents=True)
+        raise RuntimeError("killed")
+    Stage(tmp_path, "base", {"depth": 6, "run_dir": "moved"})
+    with pytest.raises(ValueError, match="another recipe.*depth=6, now depth=4.*delete .*base.settings.json"):
+        Stage(tmp_path, "base", {"depth": 4})
+
+
+def test_a_folder_that_no_stage_wrote_is_not_replaced(tmp_path):
+    (tmp_path / "base").mkdir()
+    with pytest.raises(ValueError, match="base is there already, and no stage of this run has written it: move"):
+        Stage(tmp_path, "base", {"depth": 4})

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from collections import Counter
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import regex
 import torch
@@ -271,6 +273,17 @@ def test_stage_takes_an_existing_tokenizer(config, tmp_path, tokenizer):
     assert train_tokenizer(config).get_vocab() == tokenizer.get_vocab()
     record = json.loads((tmp_path / "run/eval/tokenizer.json").read_text())
     assert record["settings"]["start_from"] == config.start_from and record["results"]["vocab_size"] == len(tokenizer)
+
+
+def test_stage_looks_at_the_validation_text_before_it_trains(config, tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    pq.write_table(pa.table({"text": DOCUMENTS}), folder / "0.parquet")
+    pq.write_table(pa.table({"txt": DOCUMENTS}), folder / "1.parquet")
+    config.dataset = str(folder)
+    with pytest.raises(ValueError, match="1.parquet.*text"):
+        train_tokenizer(config)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("field, value", [("vocab_size", 100), ("max_chars", 0), ("max_document_chars", -1)])
