@@ -62,13 +62,13 @@ def test_the_tree_is_the_repositorys():
     parents: list[str] = []
     shown = set()
     for line in tree.splitlines():
-        name = line.split()[0]
         depth = (len(line) - len(line.lstrip())) // 2
-        parents[depth:] = [name.rstrip("/")]
-        path = "/".join(parents)
-        assert (ROOT / path).exists(), f"the tree shows {path}"
-        assert (ROOT / path).is_dir() == name.endswith("/"), path
-        shown.add(path)
+        for name in re.split(r"\s{2,}", line.strip())[0].split(", "):
+            parents[depth:] = [name.rstrip("/")]
+            path = "/".join(parents)
+            assert (ROOT / path).exists(), f"the tree shows {path}"
+            assert (ROOT / path).is_dir() == name.endswith("/"), path
+            shown.add(path)
     package = {
         f"nanochat_hf/{path.name}"
         for path in (ROOT / "nanochat_hf").iterdir()
