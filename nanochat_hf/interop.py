@@ -164,6 +164,8 @@ def to_transformers(checkpoint: str | Path, output: str | Path) -> None:
 def from_transformers(checkpoint: str | Path, output: str | Path) -> None:
     """Write a folder (or Hub id) of transformers' `nanochat` type as one of ours, with logits that stay equal.
 
+    The weights are stored in the dtype that the folder announces, unless that would round them: then in fp32.
+
     Raises:
         ValueError: another model type, or settings that nanochat never had.
     """
@@ -173,16 +175,18 @@ def from_transformers(checkpoint: str | Path, output: str | Path) -> None:
     foreign += ["final_logit_softcapping=None"] * (native.final_logit_softcapping is None)
     if foreign:
         raise ValueError(f"{checkpoint} is no model that nanochat trained: {', '.join(foreign)}")
-    model, words = open_model(checkpoint, dtype="auto"), open_tokenizer(checkpoint)
+    model, words = open_model(checkpoint), open_tokenizer(checkpoint)
     shared = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
     shared += "max_position_embeddings hidden_act rms_norm_eps rope_parameters final_logit_softcapping "
     shared += "bos_token_id eos_token_id pad_token_id"
     fields = {name: getattr(native, name) for name in shared.split()}
     config = NanoChatHFConfig(architecture="2025-10", head_dim=getattr(native, "head_dim", None), **fields)
-    config.dtype = model.dtype
-    converted = model_of(config, model.state_dict())
+    weights = model.state_dict()
+    stored = {name: tensor.to(native.dtype or torch.float32) for name, tensor in weights.items()}
+    is_rounded = any(not torch.equal(stored[name].float(), tensor) for name, tensor in weights.items())
+    converted = model_of(config, weights if is_rounded else stored)
     with checked_output(output) as folder:
         save_model(converted, words, folder)
-        compare_logits(model.float(), open_model(folder))
+        compare_logits(model, open_model(folder))
         compare_tokenizers(words, folder)
     print(f"wrote {converted.num_parameters():,} parameters (2025-10) to {output}")

@@ -1,5 +1,6 @@
 """Conversions: nanochat's checkpoints and transformers' native type, both ways; bad input is refused."""
 
+import copy
 import json
 import pickle
 import subprocess
@@ -162,6 +163,8 @@ def test_padding_prefixes_and_bf16_embeddings(architecture, prefix, bf16, tmp_pa
                 parameter.copy_(parameter.bfloat16())
     ids = torch.randint(300, (2, 50))
     assert torch.equal(found(ids).logits, model(ids).logits) and found.lm_head.weight.shape == (300, 48)
+    by_default = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert by_default.dtype == torch.float32 and torch.equal(by_default(ids).logits, model(ids).logits)
     to_nanochat(tmp_path / "model", tmp_path / "back")
     before = torch.load(source / "model_000012.pt", weights_only=True)
     after = torch.load(tmp_path / "back/model_000012.pt", weights_only=True)
@@ -212,15 +215,22 @@ def test_native_settings_survive_or_are_refused(tmp_path):
         NanoChatConfig(**CONFIG, intermediate_size=80, rms_norm_eps=1e-3, rope_parameters={"rope_type": "default",
                        "rope_theta": 5e4}, bos_token_id=1, eos_token_id=2, pad_token_id=3)
     ).eval()  # fmt: skip
-    native.to(torch.bfloat16).save_pretrained(tmp_path / "native")
+    copy.deepcopy(native).to(torch.bfloat16).save_pretrained(tmp_path / "native")
     from_transformers(tmp_path / "native", tmp_path / "ours")
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
     assert isinstance(ours, NanoChatHFForCausalLM) and ours.config.eos_token_id == 2
     assert load_file(tmp_path / "ours/model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
     ids = torch.randint(300, (2, 30))
-    torch.testing.assert_close(ours(ids).logits, native.float()(ids).logits, atol=2e-5, rtol=0)
+    rounded = copy.deepcopy(native).to(torch.bfloat16).float()
+    torch.testing.assert_close(ours(ids).logits, rounded(ids).logits, atol=2e-5, rtol=0)
     with pytest.raises(ValueError, match="no nanochat of 2025-10: intermediate_size=80.*rope_theta"):
         to_nanochat(tmp_path / "ours", tmp_path / "back")
+    native.config.dtype = torch.bfloat16  # a wrong note beside fp32 weights must not round them
+    native.config.save_pretrained(tmp_path / "native")
+    save_file(native.state_dict(), tmp_path / "native/model.safetensors", metadata={"format": "pt"})
+    from_transformers(tmp_path / "native", tmp_path / "whole")
+    whole = load_file(tmp_path / "whole/model.safetensors")
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in native.state_dict().items())
     native.config.attention_bias = True
     native.config.save_pretrained(tmp_path / "native")
     with pytest.raises(ValueError, match="attention_bias=True"):
