@@ -71,17 +71,22 @@ def read_checkpoint(folder: str | Path, step: int | None = None) -> NanochatChec
             unknown, missing or of another shape: all of them are listed.
     """
     folder = Path(folder)
-    steps = {int(found[1]): path for path in folder.glob("model_*.pt") if (found := re.search(r"_(\d+)$", path.stem))}
+    steps = files_by_step(folder, "model_*.pt")
     if not steps:
         raise ValueError(f"no model_<step>.pt in {folder}; give the folder of one nanochat checkpoint")
     if step is not None and step not in steps:
         raise ValueError(f"no step {step} in {folder}; it has {', '.join(map(str, sorted(steps)))}")
     step = max(steps) if step is None else step
-    meta = _read_meta(steps[step].with_name(steps[step].stem.replace("model_", "meta_") + ".json"))
+    meta = read_meta(steps[step].with_name(steps[step].stem.replace("model_", "meta_") + ".json"))
     tensors = _read_tensors(steps[step])
     newest = any(part in name for name in tensors for part in NEWEST_KEYS)
     config = _config_of(meta["model_config"], "2026-07" if newest else "2025-10")
     return NanochatCheckpoint(step, meta, config, _checked(tensors, config, steps[step]))
+
+
+def files_by_step(folder: Path, pattern: str) -> dict[int, Path]:
+    """The files of a folder whose names end in a number of steps, by that number."""
+    return {int(found[1]): path for path in folder.glob(pattern) if (found := re.search(r"_(\d+)$", path.stem))}
 
 
 def write_checkpoint(checkpoint: NanochatCheckpoint, folder: Path) -> None:
@@ -122,6 +127,11 @@ def model_meta(config: NanoChatHFConfig) -> dict:
     return meta
 
 
+def same_settings(first: dict, second: dict, architecture: str) -> bool:
+    """Whether two `model_config` mean the same model, however they write its window pattern."""
+    return _config_fields(first, architecture) == _config_fields(second, architecture)
+
+
 def is_vocabulary(name: str) -> bool:
     """Whether a parameter has one row a token."""
     return name in ("model.embed_tokens.weight", "lm_head.weight") or ".value_embeds." in name
@@ -142,7 +152,8 @@ def compare_tensors(found: dict[str, torch.Size], expected: dict[str, torch.Size
         )
 
 
-def _read_meta(path: Path) -> dict:
+def read_meta(path: Path) -> dict:
+    """A meta file whole; a `ValueError` where its `model_config` is not what nanochat writes."""
     if not path.is_file():
         raise ValueError(f"no {path.name} beside the weights in {path.parent}: nanochat writes the two together")
     try:

@@ -208,6 +208,27 @@ def test_window_patterns_as_nanochat_takes_them(folder, tmp_path):
     assert set(read_checkpoint(folder).config.layer_types) == {"full_attention", "hybrid"}
 
 
+@pytest.mark.parametrize("pattern", ["ssl", None])
+def test_meta_files_go_back_as_they_came(tmp_path, pattern):
+    """Whatever way they write the pattern, and without a step of their own: the step is then the file name's."""
+    source = nanochat_folder(tmp_path / "checkpoint", random_model(window_pattern="SSL" if pattern else "L"), step=12)
+    path = source / "meta_000012.json"
+    meta = json.loads(path.read_text())
+    meta["model_config"]["window_pattern"] = pattern
+    meta["model_config"] = {key: value for key, value in meta["model_config"].items() if value is not None}
+    del meta["step"]
+    path.write_text(json.dumps(meta))
+    from_nanochat(source, tmp_path / "model")
+    to_nanochat(tmp_path / "model", tmp_path / "back")
+    assert json.loads((tmp_path / "back/meta_000012.json").read_text()) == meta
+    to_nanochat(tmp_path / "model", tmp_path / "numbered", step=40)
+    assert json.loads((tmp_path / "numbered/meta_000040.json").read_text()) == meta | {"step": 40}
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"max_position_embeddings": 32}))
+    to_nanochat(tmp_path / "model", tmp_path / "shorter")
+    assert json.loads((tmp_path / "shorter/meta_000012.json").read_text())["model_config"]["sequence_len"] == 32
+
+
 @torch.no_grad()
 def test_native_settings_survive_or_are_refused(tmp_path):
     """The logits stay equal whatever eps and rotary base a native folder has; what we cannot compute is refused."""
@@ -331,7 +352,7 @@ def golden_tokenizer() -> Path:
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match="tokens, the checkpoint in .* 300: they are not of the same run"):
+    with pytest.raises(ValueError, match="tokens, the model 300: they are not of the same run"):
         from_nanochat(folder, tmp_path / "model", tokenizer=golden_tokenizer())
     with pytest.raises(ValueError, match="no file"):
         from_nanochat(folder, tmp_path / "model", tokenizer=tmp_path)
@@ -342,6 +363,15 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="is not a nanochat tokenizer"):
         from_nanochat(folder, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_folder_with_a_tokenizer_of_another_vocabulary_is_refused(tiny_tokenizer, tmp_path):
+    random_model("2025-10").save_pretrained(tmp_path / "ours")
+    NanoChatForCausalLM(NanoChatConfig(**CONFIG)).save_pretrained(tmp_path / "native")
+    for conversion, name in ((to_transformers, "ours"), (from_transformers, "native")):
+        tiny_tokenizer.save_pretrained(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name} has 512 tokens, the model 300"):
+            conversion(tmp_path / name, tmp_path / "converted")
 
 
 def test_token_bytes_of_another_tokenizer_are_refused(tmp_path):
@@ -388,6 +418,11 @@ def test_folders_of_ours_that_do_not_fit_are_refused(tmp_path):
         from_transformers(tmp_path / "model", tmp_path / "back")
     with pytest.raises(ValueError, match="not a model folder"):
         to_transformers(tmp_path, tmp_path / "back")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
+    with pytest.raises(ValueError, match="config.json has a wrong value.*hidden_size.*expected int"):
+        to_nanochat(tmp_path / "model", tmp_path / "back")
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
     (tmp_path / "model/model.safetensors").write_bytes(b"\x08" + b"\0" * 7 + b"{}")
     with pytest.raises(ValueError, match="damaged"):
         to_nanochat(tmp_path / "model", tmp_path / "back")
