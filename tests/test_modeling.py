@@ -297,6 +297,14 @@ def test_chunked_loss_has_the_gradients_of_the_plain_one(any_model):
         ({"window_pattern": "ssl"}, "window_pattern='ssl'"),
         ({"window_pattern": ""}, "window_pattern=''"),
         ({"layer_types": ["full_attention"]}, "layer_types names 1 layers"),
+        ({"layer_types": 3 * ["chunked_attention"] + ["hybrid"]}, "layer_types=.*chunked_attention.*must be"),
+        ({"layer_types": 4 * ["full_attention"]}, "layer_types=.*the last, with use_smear=True, hybrid"),
+        ({"layer_types": 4 * ["hybrid"]}, "layer_types=.*each must be sliding_attention or full_attention"),
+        ({"layer_types": 4 * ["sliding_attention"], "architecture": "2025-10"}, "use_smear=False, full_attention"),
+        ({"head_dim": 0}, "head_dim=0"),
+        ({"head_dim": -16}, "head_dim=-16"),
+        ({"sliding_window": 0}, "sliding_window=0"),
+        ({"intermediate_size": 0}, "intermediate_size=0"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e5}}, "rope_type"),
         ({"hidden_sizes": 64}, "hidden_sizes.*hidden_size"),
@@ -305,6 +313,15 @@ def test_chunked_loss_has_the_gradients_of_the_plain_one(any_model):
 def test_bad_configurations_are_refused_with_the_reason(fields, message):
     with pytest.raises(ValueError, match=message):
         NanoChatHFConfig(**{"vocab_size": 300, "hidden_size": 96, "num_hidden_layers": 4, **fields})
+
+
+def test_what_is_left_out_has_the_generations_default():
+    """Also beside a rotary type without its base, and beside layer types without the window they need."""
+    config = NanoChatHFConfig(
+        num_hidden_layers=2, layer_types=["sliding_attention", "hybrid"], window_pattern="L",
+        rope_parameters={"rope_type": "default"},
+    )  # fmt: skip
+    assert config.rope_parameters["rope_theta"] == 100_000 and config.sliding_window == 513
 
 
 def test_a_field_of_the_wrong_type_is_refused():
