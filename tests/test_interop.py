@@ -327,6 +327,9 @@ def test_damaged_and_hostile_weights_are_refused(folder, tmp_path, monkeypatch, 
         (lambda meta: meta["model_config"].update(window_pattern="SXL"), "window_pattern='SXL'"),
         (lambda meta: meta["model_config"].update(vocab_size=200), "of another shape: lm_head.weight"),
         (lambda meta: meta["model_config"].update(n_layer=4), "missing: transformer.h.3"),
+        (lambda meta: meta["model_config"].update(n_layer=10**6), "tensors, its meta file announces n_layer=1,000,000"),
+        (lambda meta: meta["model_config"].update(n_embd=4 * 10**18), "from 1 to 10,000,000.*n_embd=4000"),
+        (lambda meta: meta["model_config"].update(vocab_size=10**7, n_embd=10**7, n_head=2), "of another shape"),
     ],
 )
 def test_meta_files_that_do_not_fit_are_refused(folder, tmp_path, edit, message):

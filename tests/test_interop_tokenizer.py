@@ -222,6 +222,14 @@ HOSTILE = {
         pickled(Encoding(state(mergeable_ranks=state()["mergeable_ranks"] | {b"x" * 100_000: 258}))),
         "100,000 bytes long",
     ),
+    "many long tokens": (
+        pickled(
+            Encoding(
+                state(mergeable_ranks=state()["mergeable_ranks"] | {b"x" * 999 + b"%d" % i: i for i in range(258, 999)})
+            )
+        ),
+        "1,002 bytes long",
+    ),
     "ranks no ints": (pickled(Encoding(state(mergeable_ranks={b"a": "b"}))), "must map bytes to int"),
     "ranks missing": (pickled(Encoding(state(mergeable_ranks="x"))), "mergeable_ranks is missing"),
     "other special tokens": (pickled(Encoding(state(special_tokens={"<|endoftext|>": 258}))), "special tokens must be"),
