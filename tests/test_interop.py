@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_models import GOLDEN, checkpoint_of, expected_of, model_from, per_model
+from golden_models import GOLDEN, checkpoint_of, expected_of, golden_file, model_from, per_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, NanoChatConfig, NanoChatForCausalLM
 
@@ -103,8 +103,7 @@ def test_golden_round_trip_is_the_identity(folder, tmp_path):
 
 
 def test_golden_trained_model_converts_by_the_command_with_its_tokenizer(golden, tmp_path):
-    if not (golden / "core_eval").is_dir():
-        pytest.skip("no core_eval in the golden folder")
+    golden_file(golden, "core_eval/tokenizer.pkl")  # or skip
     command = [sys.executable, "scripts/convert.py", "from_nanochat"]
     command += ["--checkpoint", str(golden / "core_eval"), "--output", str(tmp_path / "model")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
