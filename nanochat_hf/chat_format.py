@@ -2,7 +2,9 @@
 
 A span is either one special token or a piece of plain text, and carries whether the model is trained to write it. The
 tokenizer encodes span by span, so nothing a user types can become a special token. The same rules stand once more in
-`chat_template.jinja`, for tools that only know `apply_chat_template`; `tests/test_tokenizer.py` holds the two equal.
+`chat_template.jinja`, for tools that only know `apply_chat_template`; `tests/test_chat_format.py` holds the two equal.
+The template makes one string that is encoded at once, so its ids differ in two places: a special token typed as text
+has a space inside it there, and adjacent text parts are encoded as one text.
 
     for span in conversation_spans([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]):
         print(span)

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -62,6 +63,10 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
         "AutoModelForDecision": "modeling_nanochat_hf.NanoChatHFForCausalLM",
     }
     model.save_pretrained(folder)
+    # It noted the first parameter's dtype, which is the embedding's: by that, from_pretrained without a dtype would
+    # round nanochat's fp32 matrices to the bf16 of its embeddings. The widest dtype loses nothing.
+    model.config.dtype = reduce(torch.promote_types, {parameter.dtype for parameter in model.parameters()})
+    model.config.save_pretrained(folder)
 
 
 def load_model(path: str | Path, dtype: torch.dtype | str = torch.float32) -> tuple[PreTrainedModel, object]:

@@ -18,7 +18,15 @@ from transformers import NanoChatConfig, NanoChatForCausalLM
 from . import NanoChatHFConfig
 from .checkpoint import generation_settings, save_model
 from .configs import ConvertConfig
-from .interop_checkpoint import NanochatCheckpoint, model_meta, read_checkpoint, write_checkpoint
+from .interop_checkpoint import (
+    NanochatCheckpoint,
+    files_by_step,
+    model_meta,
+    read_checkpoint,
+    read_meta,
+    same_settings,
+    write_checkpoint,
+)
 from .interop_verify import (
     checked_output,
     compare_logits,
@@ -31,8 +39,6 @@ from .interop_verify import (
     read_weights,
 )
 from .recipe import nearest
-
-META_FILE = "nanochat_meta.json"  # in an imported folder: the meta file it came with, so that it can go back unchanged
 
 
 def convert(direction: str | None, config: ConvertConfig) -> None:
@@ -78,7 +84,8 @@ def from_nanochat(
     model = model_of(read.config, read.state_dict)
     with checked_output(output) as folder:
         save_model(model, words, folder)
-        (folder / META_FILE).write_text(json.dumps(read.meta, indent=2) + "\n")
+        # The meta file it came with, under its own name, so that it can go back unchanged.
+        (folder / f"meta_{read.step:06d}.json").write_text(json.dumps(read.meta, indent=2) + "\n")
         compare_logits(model.float(), open_model(folder))
         compare_tokenizers(words, folder)
     print(f"wrote step {read.step} ({read.config.architecture}, {model.num_parameters():,} parameters) to {output}")
@@ -97,13 +104,14 @@ def to_nanochat(checkpoint: str | Path, output: str | Path, step: int | None = N
     """
     config = config_of(checkpoint, NanoChatHFConfig)
     state_dict = read_weights(Path(checkpoint), config)
-    meta_path = Path(checkpoint) / META_FILE
-    meta = json.loads(meta_path.read_text()) if meta_path.is_file() else {}
-    model_config = model_meta(config)
-    if {key: meta.get("model_config", {}).get(key) for key in model_config} != model_config:
-        meta = {"model_config": model_config}  # trained further with other settings, or never nanochat's
-    step = meta.get("step", 0) if step is None else step
-    meta = {"step": step} | meta | {"step": step}
+    imported = files_by_step(Path(checkpoint), "meta_*.json")  # none, or the one of from_nanochat
+    changes = {} if step is None else {"step": step}
+    step = max(imported, default=0) if step is None else step
+    meta = {"step": step, "model_config": model_meta(config)}
+    if imported:
+        original = read_meta(imported[max(imported)])
+        if same_settings(original["model_config"], meta["model_config"], config.architecture):
+            meta = original | changes
     with checked_output(output) as folder:
         write_checkpoint(NanochatCheckpoint(step, meta, config, state_dict), folder)
         again = read_checkpoint(folder, step)
@@ -118,7 +126,8 @@ def to_transformers(checkpoint: str | Path, output: str | Path) -> None:
     """Write a 2025-10 model folder as transformers' own `nanochat` type, which loads without remote code.
 
     Raises:
-        ValueError: a model of the 2026-07 generation, for which transformers has no type.
+        ValueError: a model of the 2026-07 generation, for which transformers has no type; a tokenizer of another
+            vocabulary size.
     """
     config = config_of(checkpoint, NanoChatHFConfig)
     newer = [
@@ -131,7 +140,7 @@ def to_transformers(checkpoint: str | Path, output: str | Path) -> None:
             f"{', '.join(newer).replace('_', ' ')}. Publish the folder as it is: it carries its code, and opens with "
             f"from_pretrained(..., trust_remote_code=True)"
         )
-    model, words = open_model(checkpoint), open_tokenizer(checkpoint)
+    model, words = open_model(checkpoint), open_tokenizer(checkpoint, config.vocab_size)
     native = NanoChatConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -164,8 +173,10 @@ def to_transformers(checkpoint: str | Path, output: str | Path) -> None:
 def from_transformers(checkpoint: str | Path, output: str | Path) -> None:
     """Write a folder (or Hub id) of transformers' `nanochat` type as one of ours, with logits that stay equal.
 
+    The weights are stored in the dtype that the folder announces, unless that would round them: then in fp32.
+
     Raises:
-        ValueError: another model type, or settings that nanochat never had.
+        ValueError: another model type, settings that nanochat never had, a tokenizer of another vocabulary size.
     """
     native = config_of(checkpoint, NanoChatConfig)
     foreign = [f"attention_bias={native.attention_bias}"] * bool(native.attention_bias)
@@ -173,16 +184,18 @@ def from_transformers(checkpoint: str | Path, output: str | Path) -> None:
     foreign += ["final_logit_softcapping=None"] * (native.final_logit_softcapping is None)
     if foreign:
         raise ValueError(f"{checkpoint} is no model that nanochat trained: {', '.join(foreign)}")
-    model, words = open_model(checkpoint, dtype="auto"), open_tokenizer(checkpoint)
+    model, words = open_model(checkpoint), open_tokenizer(checkpoint, native.vocab_size)
     shared = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
     shared += "max_position_embeddings hidden_act rms_norm_eps rope_parameters final_logit_softcapping "
     shared += "bos_token_id eos_token_id pad_token_id"
     fields = {name: getattr(native, name) for name in shared.split()}
     config = NanoChatHFConfig(architecture="2025-10", head_dim=getattr(native, "head_dim", None), **fields)
-    config.dtype = model.dtype
-    converted = model_of(config, model.state_dict())
+    weights = model.state_dict()
+    stored = {name: tensor.to(native.dtype or torch.float32) for name, tensor in weights.items()}
+    is_rounded = any(not torch.equal(stored[name].float(), tensor) for name, tensor in weights.items())
+    converted = model_of(config, weights if is_rounded else stored)
     with checked_output(output) as folder:
         save_model(converted, words, folder)
-        compare_logits(model.float(), open_model(folder))
+        compare_logits(model, open_model(folder))
         compare_tokenizers(words, folder)
     print(f"wrote {converted.num_parameters():,} parameters (2025-10) to {output}")

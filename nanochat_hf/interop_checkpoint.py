@@ -19,6 +19,7 @@ from . import NanoChatHFConfig, NanoChatHFForCausalLM
 VOCAB_MULTIPLE = 64  # the 2026-07 generation pads its vocabulary tensors to a multiple of this many rows
 NEWEST_KEYS = ("lambda", "smear", "value_embeds", "ve_gate")  # in the names of tensors that 2025-10 does not have
 META_FIELDS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+MAX_META_VALUE = 10**7  # of those fields: more than any nanochat has, and tensors of that size have a size
 NAME_PARTS = {
     "model.embed_tokens.": "transformer.wte.",
     "model.layers.": "transformer.h.",
@@ -71,17 +72,25 @@ def read_checkpoint(folder: str | Path, step: int | None = None) -> NanochatChec
             unknown, missing or of another shape: all of them are listed.
     """
     folder = Path(folder)
-    steps = {int(found[1]): path for path in folder.glob("model_*.pt") if (found := re.search(r"_(\d+)$", path.stem))}
+    steps = files_by_step(folder, "model_*.pt")
     if not steps:
         raise ValueError(f"no model_<step>.pt in {folder}; give the folder of one nanochat checkpoint")
     if step is not None and step not in steps:
         raise ValueError(f"no step {step} in {folder}; it has {', '.join(map(str, sorted(steps)))}")
     step = max(steps) if step is None else step
-    meta = _read_meta(steps[step].with_name(steps[step].stem.replace("model_", "meta_") + ".json"))
+    meta = read_meta(steps[step].with_name(steps[step].stem.replace("model_", "meta_") + ".json"))
     tensors = _read_tensors(steps[step])
     newest = any(part in name for name in tensors for part in NEWEST_KEYS)
+    num_layers = meta["model_config"]["n_layer"]
+    if num_layers > len(tensors):  # before a model of so many layers is built, if only to compare the shapes
+        raise ValueError(f"{steps[step]} holds {len(tensors)} tensors, its meta file announces n_layer={num_layers:,}")
     config = _config_of(meta["model_config"], "2026-07" if newest else "2025-10")
     return NanochatCheckpoint(step, meta, config, _checked(tensors, config, steps[step]))
+
+
+def files_by_step(folder: Path, pattern: str) -> dict[int, Path]:
+    """The files of a folder whose names end in a number of steps, by that number."""
+    return {int(found[1]): path for path in folder.glob(pattern) if (found := re.search(r"_(\d+)$", path.stem))}
 
 
 def write_checkpoint(checkpoint: NanochatCheckpoint, folder: Path) -> None:
@@ -122,6 +131,11 @@ def model_meta(config: NanoChatHFConfig) -> dict:
     return meta
 
 
+def same_settings(first: dict, second: dict, architecture: str) -> bool:
+    """Whether two `model_config` mean the same model, however they write its window pattern."""
+    return _config_fields(first, architecture) == _config_fields(second, architecture)
+
+
 def is_vocabulary(name: str) -> bool:
     """Whether a parameter has one row a token."""
     return name in ("model.embed_tokens.weight", "lm_head.weight") or ".value_embeds." in name
@@ -142,7 +156,8 @@ def compare_tensors(found: dict[str, torch.Size], expected: dict[str, torch.Size
         )
 
 
-def _read_meta(path: Path) -> dict:
+def read_meta(path: Path) -> dict:
+    """A meta file whole; a `ValueError` where its `model_config` is not what nanochat writes."""
     if not path.is_file():
         raise ValueError(f"no {path.name} beside the weights in {path.parent}: nanochat writes the two together")
     try:
@@ -152,11 +167,15 @@ def _read_meta(path: Path) -> dict:
     fields = meta.get("model_config") if isinstance(meta, dict) else None
     if not isinstance(fields, dict):
         raise ValueError(f"{path} has no model_config")
-    wrong = [f"{key}={fields.get(key)!r}" for key in META_FIELDS if type(fields.get(key)) is not int or fields[key] < 1]
+    wrong = [
+        f"{key}={fields.get(key)!r}"
+        for key in META_FIELDS
+        if type(fields.get(key)) is not int or not 1 <= fields[key] <= MAX_META_VALUE
+    ]
     wrong += [f"{key}={fields[key]!r} (unknown)" for key in sorted(fields.keys() - {*META_FIELDS, "window_pattern"})]
     if wrong:
-        raise ValueError(f"{path}: model_config must give {', '.join(META_FIELDS)} as positive integers and may give "
-                         f"window_pattern; found {', '.join(wrong)}")  # fmt: skip
+        raise ValueError(f"{path}: model_config must give {', '.join(META_FIELDS)} as integers from 1 to "
+                         f"{MAX_META_VALUE:,} and may give window_pattern; found {', '.join(wrong)}")  # fmt: skip
     return meta
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from .tokenizer import BYTE_CHARACTERS, SPECIAL_TOKENS, SPLIT_PATTERN, build_tokenizer
 
 MAX_FILE_BYTES = 64 * 2**20  # a vocabulary of 65,536 takes about 1 MB
-MAX_TOKEN_BYTES = 1000  # splitting a token takes time by the square of its length
+MAX_SQUARED_BYTES = 2**26  # of all tokens, as splitting takes time by the squares of their lengths: here about 15 s
 # What pickling an Encoding's dict of names, bytes and numbers needs, in protocols 3 to 5.
 ALLOWED_OPCODES = frozenset(
     "PROTO FRAME STOP MARK MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET EMPTY_DICT EMPTY_TUPLE SETITEM SETITEMS "
@@ -89,10 +89,11 @@ def merges_from_ranks(ranks: dict[bytes, int]) -> list[tuple[str, str]]:
         raise ValueError("ranks must count 0, 1, 2, ... without a gap")
     if tokens[:256] != [bytes([byte]) for byte in range(256)]:
         raise ValueError("the first 256 tokens must be the bytes 0..255 in order")
+    if sum(len(token) ** 2 for token in tokens) > MAX_SQUARED_BYTES:
+        longest = max(tokens, key=len)
+        raise ValueError(f"tokens too long to be words: token {ranks[longest]} is {len(longest):,} bytes long")
     merges = []
     for token in tokens[256:]:
-        if len(token) > MAX_TOKEN_BYTES:
-            raise ValueError(f"token {ranks[token]} is {len(token):,} bytes long, more than {MAX_TOKEN_BYTES:,}")
         pair = _split_before(token, ranks)
         if len(pair) != 2:
             raise ValueError(f"token {ranks[token]} ({token!r:.60}) cannot be reached by merging earlier tokens")

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -35,6 +36,9 @@ def config_of(checkpoint: str | Path, config_class: type[PreTrainedConfig]) -> P
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"no model at {checkpoint}: neither a folder nor a Hub id that opens ({reason})") from error
+    except StrictDataclassError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{checkpoint}/config.json has a wrong value; correct it: {reason}") from error
     if not isinstance(config, config_class):
         raise ValueError(f"{checkpoint} is of model type {config.model_type}, not {config_class.model_type}")
     return config
@@ -92,23 +96,25 @@ def nanochat_tokenizer(
         _warn_of_no_tokenizer(f"no tokenizer.pkl in {checkpoint} and no --tokenizer")
         return None
     words = from_tiktoken_pickle(tokenizer)
-    if len(words) != vocab_size:
-        raise ValueError(
-            f"{tokenizer} has {len(words):,} tokens, the checkpoint in {checkpoint} {vocab_size:,}: they are not of "
-            f"the same run; give the tokenizer that the model was trained with (--tokenizer)"
-        )
+    _check_vocab_size(words, tokenizer, vocab_size)
     lengths = (Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent) / "token_bytes.pt"
     if lengths.is_file() and not torch.equal(load_token_bytes(lengths), token_byte_lengths(words)):
         raise ValueError(f"{lengths} does not fit the tokenizer beside it: they are not of the same run")
     return words
 
 
-def open_tokenizer(checkpoint: str | Path) -> PreTrainedTokenizerFast | None:
-    """The tokenizer of a model folder or Hub id; None, with a warning, for a folder that has none."""
+def open_tokenizer(checkpoint: str | Path, vocab_size: int) -> PreTrainedTokenizerFast | None:
+    """The tokenizer of a model folder or Hub id; None, with a warning, for a folder that has none.
+
+    Raises:
+        ValueError: damaged, or of another vocabulary size.
+    """
     if Path(checkpoint).is_dir() and not (Path(checkpoint) / "tokenizer.json").is_file():
         _warn_of_no_tokenizer(f"no tokenizer.json in {checkpoint}")
         return None
-    return load_tokenizer(checkpoint)
+    words = load_tokenizer(checkpoint)
+    _check_vocab_size(words, checkpoint, vocab_size)
+    return words
 
 
 @contextmanager
@@ -149,6 +155,14 @@ def compare_tokenizers(words: PreTrainedTokenizerFast | None, folder: Path) -> N
     if not torch.equal(token_byte_lengths(again), token_byte_lengths(words)):
         raise ValueError("the written tokenizer's byte lengths differ from those of the one read: nothing was kept")
     print(f"tokenization agrees, {len(words):,} tokens")
+
+
+def _check_vocab_size(words: PreTrainedTokenizerFast, tokenizer: str | Path, vocab_size: int) -> None:
+    if len(words) != vocab_size:
+        raise ValueError(
+            f"the tokenizer of {tokenizer} has {len(words):,} tokens, the model {vocab_size:,}: they are not of the "
+            f"same run; give the tokenizer that the model was trained with"
+        )
 
 
 def _warn_of_no_tokenizer(reason: str) -> None:

@@ -167,7 +167,7 @@ def count_parameters(
 def count_flops_per_token(parameters: dict[str, int], windows: tuple[int, ...], width: int, newest: bool) -> int:
     """FLOPs of forward and backward of one token: 6 a matmul weight, 12 a query-key pair and head channel."""
     smear_gate = SMEAR_CHANNELS if newest else 0
-    sequence_length = max(windows)
+    sequence_length = windows[-1]  # a short window may be longer than the sequence, the last layer is always full
     return 6 * (parameters["matrix"] + parameters["lm_head"] + smear_gate) + sum(
         12 * width * min(window, sequence_length) for window in windows
     )

@@ -1,8 +1,9 @@
 """The tokenizer: byte-level BPE in nanochat's layout, as a folder that plain `AutoTokenizer.from_pretrained` opens.
 
 Ids 0..255 are the raw bytes, merges follow in the order they were learned, the nine special tokens come last. Called as
-any transformers tokenizer, it reads `<|bos|>` typed in a text as the special token. The functions below never do: they
-run the same pipeline without its added tokens, so what a user types stays text, and every id is nanochat's.
+any transformers tokenizer, it reads `<|bos|>` typed in a text as the special token, unless the call says
+`split_special_tokens=True`. The functions below never do: they run the same pipeline without its added tokens, so what
+a user types stays text, and every id is nanochat's.
 
     tokenizer = load_tokenizer("runs/tiny/tokenizer")     # made by scripts/train_tokenizer.py
     ids, mask = encode_conversation(tokenizer, messages)

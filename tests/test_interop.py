@@ -1,5 +1,6 @@
 """Conversions: nanochat's checkpoints and transformers' native type, both ways; bad input is refused."""
 
+import copy
 import json
 import pickle
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_models import GOLDEN, checkpoint_of, expected_of, model_from, per_model
+from golden_models import GOLDEN, checkpoint_of, expected_of, golden_file, model_from, per_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, NanoChatConfig, NanoChatForCausalLM
 
@@ -102,8 +103,7 @@ def test_golden_round_trip_is_the_identity(folder, tmp_path):
 
 
 def test_golden_trained_model_converts_by_the_command_with_its_tokenizer(golden, tmp_path):
-    if not (golden / "core_eval").is_dir():
-        pytest.skip("no core_eval in the golden folder")
+    golden_file(golden, "core_eval/tokenizer.pkl")  # or skip
     command = [sys.executable, "scripts/convert.py", "from_nanochat"]
     command += ["--checkpoint", str(golden / "core_eval"), "--output", str(tmp_path / "model")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
@@ -162,6 +162,8 @@ def test_padding_prefixes_and_bf16_embeddings(architecture, prefix, bf16, tmp_pa
                 parameter.copy_(parameter.bfloat16())
     ids = torch.randint(300, (2, 50))
     assert torch.equal(found(ids).logits, model(ids).logits) and found.lm_head.weight.shape == (300, 48)
+    by_default = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert by_default.dtype == torch.float32 and torch.equal(by_default(ids).logits, model(ids).logits)
     to_nanochat(tmp_path / "model", tmp_path / "back")
     before = torch.load(source / "model_000012.pt", weights_only=True)
     after = torch.load(tmp_path / "back/model_000012.pt", weights_only=True)
@@ -205,6 +207,27 @@ def test_window_patterns_as_nanochat_takes_them(folder, tmp_path):
     assert set(read_checkpoint(folder).config.layer_types) == {"full_attention", "hybrid"}
 
 
+@pytest.mark.parametrize("pattern", ["ssl", None])
+def test_meta_files_go_back_as_they_came(tmp_path, pattern):
+    """Whatever way they write the pattern, and without a step of their own: the step is then the file name's."""
+    source = nanochat_folder(tmp_path / "checkpoint", random_model(window_pattern="SSL" if pattern else "L"), step=12)
+    path = source / "meta_000012.json"
+    meta = json.loads(path.read_text())
+    meta["model_config"]["window_pattern"] = pattern
+    meta["model_config"] = {key: value for key, value in meta["model_config"].items() if value is not None}
+    del meta["step"]
+    path.write_text(json.dumps(meta))
+    from_nanochat(source, tmp_path / "model")
+    to_nanochat(tmp_path / "model", tmp_path / "back")
+    assert json.loads((tmp_path / "back/meta_000012.json").read_text()) == meta
+    to_nanochat(tmp_path / "model", tmp_path / "numbered", step=40)
+    assert json.loads((tmp_path / "numbered/meta_000040.json").read_text()) == meta | {"step": 40}
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"max_position_embeddings": 32}))
+    to_nanochat(tmp_path / "model", tmp_path / "shorter")
+    assert json.loads((tmp_path / "shorter/meta_000012.json").read_text())["model_config"]["sequence_len"] == 32
+
+
 @torch.no_grad()
 def test_native_settings_survive_or_are_refused(tmp_path):
     """The logits stay equal whatever eps and rotary base a native folder has; what we cannot compute is refused."""
@@ -212,15 +235,22 @@ def test_native_settings_survive_or_are_refused(tmp_path):
         NanoChatConfig(**CONFIG, intermediate_size=80, rms_norm_eps=1e-3, rope_parameters={"rope_type": "default",
                        "rope_theta": 5e4}, bos_token_id=1, eos_token_id=2, pad_token_id=3)
     ).eval()  # fmt: skip
-    native.to(torch.bfloat16).save_pretrained(tmp_path / "native")
+    copy.deepcopy(native).to(torch.bfloat16).save_pretrained(tmp_path / "native")
     from_transformers(tmp_path / "native", tmp_path / "ours")
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
     assert isinstance(ours, NanoChatHFForCausalLM) and ours.config.eos_token_id == 2
     assert load_file(tmp_path / "ours/model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
     ids = torch.randint(300, (2, 30))
-    torch.testing.assert_close(ours(ids).logits, native.float()(ids).logits, atol=2e-5, rtol=0)
+    rounded = copy.deepcopy(native).to(torch.bfloat16).float()
+    torch.testing.assert_close(ours(ids).logits, rounded(ids).logits, atol=2e-5, rtol=0)
     with pytest.raises(ValueError, match="no nanochat of 2025-10: intermediate_size=80.*rope_theta"):
         to_nanochat(tmp_path / "ours", tmp_path / "back")
+    native.config.dtype = torch.bfloat16  # a wrong note beside fp32 weights must not round them
+    native.config.save_pretrained(tmp_path / "native")
+    save_file(native.state_dict(), tmp_path / "native/model.safetensors", metadata={"format": "pt"})
+    from_transformers(tmp_path / "native", tmp_path / "whole")
+    whole = load_file(tmp_path / "whole/model.safetensors")
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in native.state_dict().items())
     native.config.attention_bias = True
     native.config.save_pretrained(tmp_path / "native")
     with pytest.raises(ValueError, match="attention_bias=True"):
@@ -296,6 +326,9 @@ def test_damaged_and_hostile_weights_are_refused(folder, tmp_path, monkeypatch, 
         (lambda meta: meta["model_config"].update(window_pattern="SXL"), "window_pattern='SXL'"),
         (lambda meta: meta["model_config"].update(vocab_size=200), "of another shape: lm_head.weight"),
         (lambda meta: meta["model_config"].update(n_layer=4), "missing: transformer.h.3"),
+        (lambda meta: meta["model_config"].update(n_layer=10**6), "tensors, its meta file announces n_layer=1,000,000"),
+        (lambda meta: meta["model_config"].update(n_embd=4 * 10**18), "from 1 to 10,000,000.*n_embd=4000"),
+        (lambda meta: meta["model_config"].update(vocab_size=10**7, n_embd=10**7, n_head=2), "of another shape"),
     ],
 )
 def test_meta_files_that_do_not_fit_are_refused(folder, tmp_path, edit, message):
@@ -321,7 +354,7 @@ def golden_tokenizer() -> Path:
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match="tokens, the checkpoint in .* 300: they are not of the same run"):
+    with pytest.raises(ValueError, match="tokens, the model 300: they are not of the same run"):
         from_nanochat(folder, tmp_path / "model", tokenizer=golden_tokenizer())
     with pytest.raises(ValueError, match="no file"):
         from_nanochat(folder, tmp_path / "model", tokenizer=tmp_path)
@@ -332,6 +365,15 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="is not a nanochat tokenizer"):
         from_nanochat(folder, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_folder_with_a_tokenizer_of_another_vocabulary_is_refused(tiny_tokenizer, tmp_path):
+    random_model("2025-10").save_pretrained(tmp_path / "ours")
+    NanoChatForCausalLM(NanoChatConfig(**CONFIG)).save_pretrained(tmp_path / "native")
+    for conversion, name in ((to_transformers, "ours"), (from_transformers, "native")):
+        tiny_tokenizer.save_pretrained(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name} has 512 tokens, the model 300"):
+            conversion(tmp_path / name, tmp_path / "converted")
 
 
 def test_token_bytes_of_another_tokenizer_are_refused(tmp_path):
@@ -378,6 +420,11 @@ def test_folders_of_ours_that_do_not_fit_are_refused(tmp_path):
         from_transformers(tmp_path / "model", tmp_path / "back")
     with pytest.raises(ValueError, match="not a model folder"):
         to_transformers(tmp_path, tmp_path / "back")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
+    with pytest.raises(ValueError, match="config.json has a wrong value.*hidden_size.*expected int"):
+        to_nanochat(tmp_path / "model", tmp_path / "back")
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
     (tmp_path / "model/model.safetensors").write_bytes(b"\x08" + b"\0" * 7 + b"{}")
     with pytest.raises(ValueError, match="damaged"):
         to_nanochat(tmp_path / "model", tmp_path / "back")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from golden_models import golden_file
 
+from nanochat_hf.chat_format import conversation_spans
 from nanochat_hf.interop_tokenizer import from_tiktoken_pickle, load_token_bytes, merges_from_ranks
 from nanochat_hf.tokenizer import (
     SPECIAL_TOKENS,
@@ -46,6 +47,15 @@ def test_ids_of_texts_equal_golden(golden, imported):
         assert encode_text(imported, case["text"]) == case["ids"], case["text"]
     batch = encode_documents(imported, [case["text"] for case in cases])
     assert batch == [[imported.bos_token_id, *case["ids"]] for case in cases]
+    called = imported([case["text"] for case in cases], split_special_tokens=True)
+    assert called["input_ids"] == batch
+
+
+def template_differs(messages) -> bool:
+    """Whether a conversation has what the template encodes otherwise by design (see chat_format.py)."""
+    spans = conversation_spans(messages)
+    lookalike = any(token in span.text for span in spans if not span.special for token in SPECIAL_TOKENS)
+    return lookalike or any(not (a.special or b.special) for a, b in itertools.pairwise(spans))
 
 
 def test_conversations_equal_golden(golden, imported):
@@ -53,10 +63,25 @@ def test_conversations_equal_golden(golden, imported):
         messages = case["conversation"]["messages"]
         assert encode_conversation(imported, messages) == (case["ids"], case["mask"])
         assert encode_prompt(imported, messages[:-1]) == case["completion_prompt_ids"]
+        if template_differs(messages):
+            continue
         encoded = imported.apply_chat_template(messages, return_assistant_tokens_mask=True)
         assert (encoded["input_ids"], encoded["assistant_masks"]) == (case["ids"], case["mask"])
         prompt = imported.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
         assert prompt == case["completion_prompt_ids"]
+
+
+@pytest.mark.parametrize(
+    "question, answer",
+    [
+        ("what is <|bos|>?", "a token"),
+        ("Hi", [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo there"}]),
+    ],
+)
+def test_where_the_template_differs_is_known(imported, question, answer):
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    assert template_differs(messages)
+    assert imported.apply_chat_template(messages)["input_ids"] != encode_conversation(imported, messages)[0]
 
 
 @pytest.mark.parametrize("folder", ["tokenizer", "core_eval"])
@@ -221,6 +246,14 @@ HOSTILE = {
     "endless token": (
         pickled(Encoding(state(mergeable_ranks=state()["mergeable_ranks"] | {b"x" * 100_000: 258}))),
         "100,000 bytes long",
+    ),
+    "many long tokens": (
+        pickled(
+            Encoding(
+                state(mergeable_ranks=state()["mergeable_ranks"] | {b"x" * 999 + b"%d" % i: i for i in range(258, 999)})
+            )
+        ),
+        "1,002 bytes long",
     ),
     "ranks no ints": (pickled(Encoding(state(mergeable_ranks={b"a": "b"}))), "must map bytes to int"),
     "ranks missing": (pickled(Encoding(state(mergeable_ranks="x"))), "mergeable_ranks is missing"),

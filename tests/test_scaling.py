@@ -68,6 +68,13 @@ def test_counts_equal_the_model(architecture, depth):
         assert model.config.sliding_window == plan.window_sizes[0] + 1
 
 
+def test_short_windows_longer_than_the_sequence_count_no_more_than_it():
+    """Sequences of 64 tokens: windows are multiples of 128, and reach no further than full attention does."""
+    short, full = (ScalingPlan.from_depth(4, 512, 64, window_pattern=pattern) for pattern in ("SL", "L"))
+    assert short.window_sizes == (128, 64, 128, 64)
+    assert short.flops_per_token == full.flops_per_token
+
+
 @pytest.mark.parametrize("arguments", [{"depth": 0}, {"depth": 4, "architecture": "2024"}])
 def test_bad_plans(arguments):
     with pytest.raises(ValueError, match="depth=0|valid: 2026-07, 2025-10"):

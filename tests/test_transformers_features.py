@@ -14,7 +14,7 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, QuantoConfig, TorchAoConfig
+from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM, QuantoConfig, TorchAoConfig
 from transformers.utils import is_flash_attn_2_available
 
 from nanochat_hf import NanoChatHFConfig, NanoChatHFForCausalLM, NanoChatHFModel
@@ -60,6 +60,21 @@ def test_flash_attention_is_declared(any_model):
         pytest.skip("flash-attention is installed; comparing it needs a GPU")
     with pytest.raises(ImportError, match="(?i)flash"):
         any_model.set_attn_implementation("flash_attention_2")
+
+
+def test_every_layer_hands_the_positions_to_its_attention(any_model):
+    """Flash attention takes no mask: it parts packed documents by the positions alone."""
+    seen = []
+
+    def record(module, query, key, value, attention_mask, **kwargs):
+        seen.append(kwargs["position_ids"])
+        return torch.zeros_like(query.transpose(1, 2)), None
+
+    AttentionInterface.register("record", record)
+    any_model.set_attn_implementation("record")
+    packed = torch.cat([torch.arange(4), torch.arange(6)])[None]
+    any_model(torch.arange(10)[None], position_ids=packed)
+    assert len(seen) == 3 and all(torch.equal(position_ids, packed) for position_ids in seen)
 
 
 # -- training --------------------------------------------------------------------------------------------------------
@@ -218,6 +233,12 @@ def test_token_embeddings_grow_and_shrink(any_model, tmp_path, mean_resizing):
     torch.testing.assert_close(logits_of(any_model, ids), expected[..., : VOCABULARY - 50])
     any_model.resize_token_embeddings(pad_to_multiple_of=64)
     assert {len(p) for name, p in any_model.named_parameters() if "embed" in name or "lm_head" in name} == {256}
+
+
+def test_frozen_tables_stay_frozen_when_resized(any_model):
+    any_model.requires_grad_(False)
+    any_model.resize_token_embeddings(VOCABULARY + 7)
+    assert not [name for name, parameter in any_model.named_parameters() if parameter.requires_grad]
 
 
 # -- what forward takes and gives ------------------------------------------------------------------------------------

@@ -73,6 +73,17 @@ def test_lora_on_all_linear_layers_trains_saves_reloads_and_merges(any_model, tm
         torch.testing.assert_close(opened(ids).logits, expected, atol=2e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_lora_on_the_head_counts_in_the_chunked_loss(any_model):
+    """The chunked loss reads the head's weight without calling it; with an adapter there it makes whole logits."""
+    ids = torch.randint(300, (2, 30))
+    config = LoraConfig(target_modules=["lm_head"], r=4, task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(any_model, config)
+    torch.testing.assert_close(
+        model(input_ids=ids, labels=ids, skip_logits=True).loss, model(input_ids=ids, labels=ids).loss
+    )
+
+
 # -- pipelines -------------------------------------------------------------------------------------------------------
 
 

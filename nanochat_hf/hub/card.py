@@ -18,6 +18,7 @@ print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_to
 
 `trust_remote_code` runs the two model files of this repository; read them first. `generate` writes calculator calls but
 does not run them; nanochat-hf's `python scripts/chat.py --model {repo_id}` does.
+In `tokenizer(text)` a typed `<|bos|>` becomes the special token; with `split_special_tokens=True` it stays text.
 
 lm-evaluation-harness:
 

@@ -57,8 +57,8 @@ class NanoChatHFConfig(PreTrainedConfig):
         final_logit_softcapping: logits become `c * tanh(logits / c)`.
 
     Raises:
-        ValueError: an unknown architecture, heads that do not divide the width, an odd head size, a window pattern
-            with other letters.
+        ValueError: an unknown architecture, a size below 1, heads that do not divide the width, an odd head size, a
+            window pattern with other letters, layer types that nanochat does not have.
     """
 
     model_type = "nanochat_hf"
@@ -117,16 +117,18 @@ class NanoChatHFConfig(PreTrainedConfig):
         preset = dict(PRESETS[self.architecture])
         default_theta = preset.pop("rope_theta")
         rope_theta = kwargs.pop("rope_theta", default_theta)
-        self.rope_parameters = self.rope_parameters or {"rope_type": "default", "rope_theta": rope_theta}
-        if self.rope_parameters.get("rope_type", "default") != "default":
+        self.rope_parameters = {"rope_type": "default", "rope_theta": rope_theta} | (self.rope_parameters or {})
+        if self.rope_parameters["rope_type"] != "default":
             raise ValueError(f"rope_parameters={self.rope_parameters}: only rope_type 'default' exists in nanochat")
         for name, value in preset.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        sizes = "vocab_size hidden_size num_hidden_layers num_attention_heads max_position_embeddings"
+        sizes = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+        sizes += "head_dim max_position_embeddings sliding_window"
         for name in sizes.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
         if self.hidden_size < 24 and (self.use_smear or self.use_value_embeddings):
             raise ValueError(f"hidden_size={self.hidden_size}: smear and value gates read 24 channels; give 24 or more")
         if self.intermediate_size is None:
@@ -156,7 +158,7 @@ class NanoChatHFConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // heads
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings need an even head size")
-        if kv_heads < 1 or heads % kv_heads:
+        if heads % kv_heads:
             raise ValueError(f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
 
     def _derive_windows(self) -> None:
@@ -164,17 +166,22 @@ class NanoChatHFConfig(PreTrainedConfig):
         if not pattern or set(pattern) - {"S", "L"}:
             raise ValueError(f"window_pattern={pattern!r}: only the letters S (short window) and L (full) are allowed")
         num_layers = self.num_hidden_layers
-        letters = (pattern * num_layers)[: num_layers - 1] + "L"
-        if self.sliding_window is None and "S" in letters:
-            # nanochat's window counts the keys to the left; transformers counts the query too.
-            self.sliding_window = -(-self.max_position_embeddings // 512) * 128 + 1
+        # A `hybrid` layer's cache holds keys, values and a convolution state: the last embedding, for smear.
+        last = "hybrid" if self.use_smear else "full_attention"
         if self.layer_types is None:
+            letters = (pattern * num_layers)[: num_layers - 1]
             self.layer_types = ["sliding_attention" if letter == "S" else "full_attention" for letter in letters]
-            if self.use_smear:
-                # A `hybrid` layer's cache holds keys, values and a convolution state: the last embedding, for smear.
-                self.layer_types[-1] = "hybrid"
+            self.layer_types.append(last)
         if len(self.layer_types) != num_layers:
             raise ValueError(f"layer_types names {len(self.layer_types)} layers, num_hidden_layers is {num_layers}")
+        if self.layer_types[-1] != last or set(self.layer_types[:-1]) - {"sliding_attention", "full_attention"}:
+            raise ValueError(
+                f"layer_types={self.layer_types}: each must be sliding_attention or full_attention, and the last, with "
+                f"use_smear={self.use_smear}, {last}"
+            )
+        if self.sliding_window is None and "sliding_attention" in self.layer_types:
+            # nanochat's window counts the keys to the left; transformers counts the query too.
+            self.sliding_window = -(-self.max_position_embeddings // 512) * 128 + 1
 
     @property
     def n_positions(self) -> int:

@@ -240,17 +240,12 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
         if self.config.use_backout:
             init.constant_(self.backout_lambda, 0.2)
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embed_tokens = value
-
     @staticmethod
     def create_masks(config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs) -> dict:
-        """One mask a kind of layer; the last layer is always full, so its cache sizes the full mask."""
+        """A mask by layer type; the last layer is always full, so its cache sizes the full mask."""
         arguments = (config, inputs_embeds, attention_mask, past_key_values, position_ids)
-        masks = {"full_attention": create_causal_mask(*arguments, layer_idx=config.num_hidden_layers - 1)}
+        full_mask = create_causal_mask(*arguments, layer_idx=config.num_hidden_layers - 1)
+        masks = {"full_attention": full_mask, "hybrid": full_mask}
         if "sliding_attention" in config.layer_types:
             masks["sliding_attention"] = create_sliding_window_causal_mask(*arguments)
         return masks
@@ -261,12 +256,14 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
         Args:
             x: normed embeddings (B, T, D).
             attention_mask: (B, seen + T) with 0 at padding, or None.
-            position_ids: (B or 1, T), or None; a position 0 starts a document and has no neighbour.
+            position_ids: (B or 1, T), or None; a document starts at 0 and wherever they do not count on by one.
             past_key_values: its last layer keeps the last embedding between calls.
         """
         time, states = x.shape[1], x
         if past_key_values is not None:
             last_layer = self.config.num_hidden_layers - 1
+            if len(past_key_values.layers) <= last_layer:
+                raise ValueError("this cache has no place for smear's state; give DynamicCache(config=model.config)")
             states = past_key_values.update_conv_state(x.transpose(1, 2), last_layer, conv_kernel_size=1)
             states = states.transpose(1, 2)[:, -time - 1 :]
         first = time + 1 - states.shape[1]  # 1 where nothing came before x, else 0
@@ -274,7 +271,8 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
         gate = torch.sigmoid(self.smear_gate(x[:, first:, :SMEAR_CHANNELS]))  # (B, T - first, 1)
         unmixed, rest, previous = x[:, :first], x[:, first:], states[:, :-1]
         if position_ids is not None:
-            previous = previous * (position_ids[:, first:] != 0).unsqueeze(-1)
+            starts = (position_ids.diff(prepend=position_ids[:, :1] - 1) != 1) | (position_ids == 0)
+            previous = previous * ~starts[:, first:].unsqueeze(-1)
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             real = F.pad(attention_mask, (1, 0))[:, -time - 1 : -1] != 0
             previous = previous * real[:, first:].unsqueeze(-1)
@@ -298,12 +296,14 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
         Args:
             input_ids: (B, T). The 2026-07 generation needs them even beside `inputs_embeds`, for value embeddings.
             attention_mask: (B, seen + T), 0 at padding; None means no padding.
-            position_ids: (B or 1, T). Without a mask and a cache, restarting positions part packed documents.
+            position_ids: (B or 1, T). Restarting positions part packed documents in a call without a mask (one of all
+                ones joins them) and without an earlier cache.
             past_key_values: a cache made by `DynamicCache(config=model.config)` or by `generate`.
             inputs_embeds: (B, T, D) instead of the token embedding.
 
         Raises:
-            ValueError: neither input_ids nor inputs_embeds, or embeddings alone where value embeddings need ids.
+            ValueError: neither input_ids nor inputs_embeds, embeddings alone where value embeddings need ids, ids
+                out of range (on a CPU), or a cache without a place for smear's state.
         """
         if input_ids is None and (inputs_embeds is None or self.config.use_value_embeddings):
             raise ValueError("give input_ids, beside inputs_embeds too: the value embeddings look tokens up")
@@ -314,12 +314,12 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
         if torch.is_autocast_enabled(inputs_embeds.device.type):
             # The residual stream runs in the compute dtype, as in nanochat, not in the embedding's fp32.
             inputs_embeds = inputs_embeds.to(torch.get_autocast_dtype(inputs_embeds.device.type))
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
 
         masks = attention_mask
         if not isinstance(attention_mask, dict):  # generate prepares the masks itself for compiled static caches
             masks = self.create_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        if use_cache and past_key_values is None:  # after the masks: with a cache they would not part packed documents
+            past_key_values = DynamicCache(config=self.config)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         x = rms_norm(inputs_embeds, self.config.rms_norm_eps)
         if self.config.use_smear:
@@ -335,10 +335,10 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
             value_embedding = None
             if self.config.has_value_embedding(i):
                 value_embedding = self.value_embeds[str(i)](input_ids).to(x)
-            sliding = self.config.layer_types[i] == "sliding_attention"
             x = layer(
                 x,
-                attention_mask=masks["sliding_attention" if sliding else "full_attention"],
+                attention_mask=masks[self.config.layer_types[i]],
+                position_ids=position_ids,  # flash attention parts packed documents by them, it takes no mask
                 position_embeddings=rotary,
                 value_embedding=value_embedding,
                 past_key_values=past_key_values,
@@ -386,7 +386,8 @@ class SoftcappedCrossEntropy(torch.autograd.Function):
         if needs_grad:
             ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.mark_non_differentiable(losses)
-        return losses.sum(), losses
+        # Added up by the kernel of F.cross_entropy, in its order: the plain loss and this one agree to the last bits.
+        return F.nll_loss(-losses[:, None], torch.zeros_like(targets), reduction="sum"), losses
 
     @staticmethod
     def backward(ctx, grad_sum, _):
@@ -435,11 +436,7 @@ class NanoChatHFForCausalLM(NanoChatHFPreTrainedModel, GenerationMixin):
         return inputs
 
     def init_continuous_batching(self, *args, **kwargs):
-        """As in transformers, for a model without smear.
-
-        Raises:
-            ValueError: a model with smear: the paged cache has no place for its state, the previous embedding.
-        """
+        """As in transformers; a `ValueError` with smear, as pages have no place for its state, the last embedding."""
         if self.config.use_smear:
             raise ValueError(
                 "continuous batching keeps keys and values in pages and has no place for smear's state; use generate() "
@@ -471,6 +468,7 @@ class NanoChatHFForCausalLM(NanoChatHFPreTrainedModel, GenerationMixin):
             num_items_in_batch: divisor of the summed loss; the number of targets by default.
             logits_to_keep: compute only the last so many positions' logits.
             skip_logits: with labels, return the loss alone, computed chunk by chunk: whole logits are never in memory.
+                No effect with a head that is not a plain linear layer, such as one with LoRA.
 
         The other arguments are `NanoChatHFModel.forward`'s. A batch without any target has loss 0.
         """
@@ -480,7 +478,8 @@ class NanoChatHFForCausalLM(NanoChatHFPreTrainedModel, GenerationMixin):
         loss = logits = None
         if labels is not None and shift_labels is None:
             shift_labels = labels[:, 1:]  # the last position has no target
-        if shift_labels is None or not skip_logits:
+        skip_logits = skip_logits and shift_labels is not None and type(self.lm_head) is nn.Linear
+        if not skip_logits:
             logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep)).float()
             logits = softcap * torch.tanh(logits / softcap)
         if shift_labels is not None:
