@@ -255,6 +255,17 @@ ATTACKS = {
     "slow memory": "x = []\nwhile True: x.append(str(len(x)) * 10**5)",
     "write outside": "open('{outside}', 'w').write('x')",
     "write by descriptor": "import os\nos.write(os.open('{outside}', os.O_WRONLY | os.O_CREAT), b'x')",
+    "change folder": "import os\nos.chdir(os.path.dirname('{outside}'))\nopen('outside', 'w').write('x')",
+    "change folder by descriptor": "import os\nos.fchdir(os.open(os.path.dirname('{outside}'), os.O_RDONLY))\n"
+    "open('outside', 'w').write('x')",
+    "write beside a descriptor": "import os\nfolder = os.open(os.path.dirname('{outside}'), os.O_RDONLY)\n"
+    "os.open('outside', os.O_WRONLY | os.O_CREAT, dir_fd=folder)",
+    "sqlite": "import sqlite3\nsqlite3.connect('{outside}').execute('create table a (b)')",
+    "dbm": "import dbm\ndbm.open('{outside}', 'c')",
+    "history": "import readline\nreadline.write_history_file('{outside}')",
+    "fifo": "import os\nos.mkfifo('{outside}')",
+    "node": "import os\nos.mknod('{outside}')",
+    "shared memory": "from multiprocessing.shared_memory import SharedMemory\nSharedMemory(create=True, size=1)",
     "remove": "import os\nos.remove('{victim}')",
     "rename": "import os\nos.rename('{victim}', '{outside}')",
     "large file": "open('a', 'w').write('x' * 2**22)",
@@ -307,6 +318,7 @@ def test_endless_programs_end(attack):
 
 
 def test_honest_programs_run():
-    program = "from typing import *\nimport math, re, hashlib, collections, random, json\n"
+    program = "from typing import *\nimport math, re, hashlib, collections, random, json, tempfile\n"
     program += "print(hashlib.md5(b'a').hexdigest())\nopen('note', 'w').write('x')\nassert open('note').read() == 'x'"
+    program += "\ntempfile.TemporaryFile().write(b'x')"
     assert runs_to_the_end(program, timeout_seconds=30)
