@@ -1,14 +1,17 @@
 import json
 import os
+import random
 import socket
 import time
 
+import numpy as np
 import pytest
 import torch
 from lm_eval_runs import expected_of, flags, golden_folder, run, save
 
 from nanochat_hf.configs import EvaluationConfig
 from nanochat_hf.evaluation import chatcore, mini_tasks
+from nanochat_hf.evaluation.chat_sample import sample_chatcore
 from nanochat_hf.evaluation.code_execution import extract_code, import_lines, passes_tests, runs_to_the_end
 from nanochat_hf.evaluation.evaluate import evaluate, summarize
 from nanochat_hf.evaluation.lm_eval_model import NanoChatHFLM
@@ -197,6 +200,16 @@ def test_the_recipe_writes_a_record_a_model(tmp_path, tiny_model, tiny_tokenizer
         capsys.readouterr().out
         == "core: finished before, nothing to do\nchatcore_sft: finished before, nothing to do\n"
     )
+
+
+def test_a_sample_leaves_the_trainings_random_numbers_alone(folder, tiny_model, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(mini_tasks, "NUM_ARITHMETIC_ROWS", 4)
+    states = []
+    for _ in range(2):
+        states.append((random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()))
+        if len(states) == 1:
+            assert len(sample_chatcore(tiny_model, tiny_tokenizer, folder, None, 2)["tasks"]) == 3
+    assert states[0] == states[1]
 
 
 @pytest.mark.parametrize(

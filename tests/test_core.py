@@ -221,6 +221,45 @@ def test_a_missing_file_is_named_and_core_is_not_whole(tmp_path, tiny_model, tin
         run(lm, ["both"], include_path=tasks)
 
 
+@pytest.fixture
+def choice_task(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
+    """A model of lm-eval's, a task of our own, and the folder with its file."""
+    monkeypatch.setenv("CORE_DATA_DIR", str(tmp_path / "tasks"))
+    name = write_task(tmp_path / "tasks", "multiple_choice")
+    return NanoChatHFLM(save(tiny_model, tiny_tokenizer, tmp_path / "model"), device="cpu"), name, tmp_path / "tasks"
+
+
+def test_cached_requests_are_those_of_the_same_rows(choice_task, tmp_path, monkeypatch):
+    lm, name, tasks = choice_task
+    monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path / "cache"))
+
+    def contexts():
+        samples = run(lm, [name], include_path=tasks, cache_requests=True, limit=2)["samples"][name]
+        return [sample["arguments"][0][0] for sample in samples]
+
+    first = contexts()
+    assert contexts() == first and len(list((tmp_path / "cache").iterdir())) == 1
+    rows = [row | {"query": "Another question:"} for row in choice_rows(12)]
+    (tasks / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert all("Another question:" in context for context in contexts())
+
+
+def test_more_processes_than_items_are_refused_in_all_of_them(choice_task):
+    lm, name, tasks = choice_task
+    manager = TaskManager(include_path=str(tasks), include_defaults=False, metadata={"pretrained": lm.pretrained})
+    task = manager.load([name])["tasks"][name]
+    for rank in (0, 1):
+        with pytest.raises(ValueError, match=f"{name}: 2 processes have 1 items to share"):
+            task.build_all_requests(limit=1, rank=rank, world_size=2)
+
+
+def test_a_chat_template_on_core_is_announced_once(choice_task, caplog):
+    lm, name, tasks = choice_task
+    for _ in range(2):
+        run(lm, [name], include_path=tasks, limit=2, apply_chat_template=True)
+    assert caplog.text.count("--apply_chat_template does not change them") == 1
+
+
 def test_the_22_tasks_are_cores(shared_data):
     listed = yaml.safe_load((shared_data / "core" / "core.yaml").read_text())["icl_tasks"]
     manager = TaskManager(include_path=str(TASKS_DIR), include_defaults=False)

@@ -1,18 +1,24 @@
 """CORE without lm-eval's reporting: the benchmark's three sides, and training that scores itself."""
 
 import json
+import math
 import os
 
 import pytest
 import torch
+from lm_eval.utils import make_table
 from lm_eval_runs import flags, run, save
 from small_runs import curve, small_run
 from test_core import ROWS
 
 from nanochat_hf import pretrain
 from nanochat_hf.benchmark import benchmark
+from nanochat_hf.configs import EvaluationConfig
+from nanochat_hf.evaluation import lm_eval_model
 from nanochat_hf.evaluation.core_score import load_core, mean_centered, score_model, score_tasks
+from nanochat_hf.evaluation.evaluate import evaluate
 from nanochat_hf.evaluation.lm_eval_model import NanoChatHFLM
+from nanochat_hf.evaluation.noise import standard_error
 from nanochat_hf.training_step import make_accelerator
 
 
@@ -60,6 +66,50 @@ def test_flags_and_core_are_lm_evals(folder, core_data, tiny_model, tiny_tokeniz
     tiny_model.train()
     assert score_model(tasks, 3, make_accelerator(), tiny_model, tiny_tokenizer) == pytest.approx(core)
     assert tiny_model.training
+
+
+def evaluate_base(run_dir, core_data, **settings):
+    """The record of a recipe's evaluation of the base model on CORE's files."""
+    evaluate(EvaluationConfig(run_dir=str(run_dir), stages=["base"], core_data=str(core_data), **settings))
+    return json.loads((run_dir / "eval" / "core.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_the_recipe_scores_core_and_says_what_is_missing(tmp_path, core_data, tiny_model, tiny_tokenizer, capsys):
+    save(tiny_model, tiny_tokenizer, tmp_path / "base")
+    summary = evaluate_base(tmp_path, core_data)["summary"]
+    tasks = summary["tasks"].values()
+    assert len(tasks) == 22 and summary["core"] == pytest.approx(sum(task["centered"] for task in tasks) / 22)
+    errors = [standard_error(task["correct"]) / (1 - task["baseline"]) for task in tasks]
+    assert summary["core_stderr"] == pytest.approx(math.sqrt(sum(error**2 for error in errors)) / 22)
+    assert not (tmp_path / "eval" / "core.cache").exists()
+    os.remove(core_data / "copa.jsonl")
+    os.remove(tmp_path / "eval" / "core.json")
+    record = evaluate_base(tmp_path, core_data)
+    assert record["summary"]["core"] is None and record["summary"]["missing"] == ["core_copa (no copa.jsonl)"]
+    assert record["groups"]["core"]["centered,none"] is None and "copa" in make_table(record)
+    assert "not whole, missing core_copa" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_another_model", [False, True])
+def test_an_interrupted_recipe_goes_on_from_its_cache(
+    tmp_path, core_data, tiny_model, tiny_tokenizer, monkeypatch, is_another_model
+):
+    save(tiny_model, tiny_tokenizer, tmp_path / "base")
+    score, asked = lm_eval_model.score_continuations, []
+
+    def interrupted(model, pairs, *arguments, on_scored):
+        score(model, pairs[:5], *arguments, on_scored=on_scored)
+        asked.append(len(pairs))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(lm_eval_model, "score_continuations", interrupted)
+        evaluate_base(tmp_path, core_data)
+    monkeypatch.setattr(lm_eval_model, "score_continuations", lambda *a, **k: asked.append(len(a[1])) or score(*a, **k))
+    if is_another_model:
+        save(tiny_model, tiny_tokenizer, tmp_path / "base")
+    evaluate_base(tmp_path, core_data)
+    assert asked[1] == asked[0] if is_another_model else asked[1] <= asked[0] - 5
 
 
 def test_training_logs_core_and_wants_all_files_before_it_starts(tmp_path, tiny_tokenizer, core_data):
