@@ -7,10 +7,11 @@ import time
 import numpy as np
 import pytest
 import torch
+from lm_eval.tasks import TaskManager
 from lm_eval_runs import expected_of, flags, golden_folder, run, save
 
 from nanochat_hf.configs import EvaluationConfig
-from nanochat_hf.evaluation import chatcore, mini_tasks
+from nanochat_hf.evaluation import TASKS_DIR, chatcore, mini_tasks
 from nanochat_hf.evaluation.chat_sample import sample_chatcore
 from nanochat_hf.evaluation.code_execution import extract_code, import_lines, passes_tests, runs_to_the_end
 from nanochat_hf.evaluation.evaluate import evaluate, summarize
@@ -161,11 +162,35 @@ def test_missing_rows_are_named(folder, rows_dir):
 
 def test_broken_rows_are_named(folder, rows_dir):
     (rows_dir / "mmlu_test.jsonl").write_text(json.dumps(MMLU_ROW | {"answer": 4}) + "\n")
-    with pytest.raises(ValueError, match="mmlu row 0: `answer` must be the index of one of 4 choices"):
+    with pytest.raises(ValueError, match="mmlu_test.jsonl, line 1: no mmlu row: `answer` must be the index"):
         run(SayingModel(folder, letters=[-1.0]), ["chatcore_mmlu"])
     (rows_dir / "mmlu_test.jsonl").write_text("{")
     with pytest.raises(ValueError, match="mmlu_test.jsonl, line 1 is not JSON"):
         run(SayingModel(folder, letters=[-1.0]), ["chatcore_mmlu"])
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("mmlu", [1], "found list instead of an object"),
+        ("mmlu", MMLU_ROW | {"choices": 4}, "no mmlu row: object of type 'int'"),
+        ("mmlu", MMLU_ROW | {"choices": ["3"], "answer": 0}, r"needs at least two choices, found \['A'\]"),
+        ("arc_easy", ARC_ROW | {"choices": {"text": []}}, "no arc row: 'label'"),
+        ("gsm8k", GSM8K_ROW | {"answer": "Five."}, "its answer must end with `#### number`, found 'Five.'"),
+    ],
+)
+def test_a_broken_row_is_named_by_its_line(rows_dir, task, row, message):
+    path = rows_dir / f"{task}_test.jsonl"
+    path.write_text(path.read_text() * 9 + json.dumps(row) + "\n" + path.read_text() * 9)
+    manager = TaskManager(include_path=str(TASKS_DIR), include_defaults=False)
+    with pytest.raises(ValueError, match=f"{task}_test.jsonl, line 10: .*{message}"):
+        manager.load([f"chatcore_{task}"])
+
+
+def test_no_samples_are_refused(rows_dir):
+    manager = TaskManager(include_path=str(TASKS_DIR), include_defaults=False, metadata={"num_samples": 0})
+    with pytest.raises(ValueError, match="num_samples must be 1 or more, got 0"):
+        manager.load(["chatcore_gsm8k"])
 
 
 def test_a_tokenizer_without_chat_template_is_refused(tmp_path, tiny_model, tiny_tokenizer, rows_dir):

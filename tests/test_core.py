@@ -110,6 +110,32 @@ def test_where_scoring_starts():
 
 
 @pytest.mark.parametrize(
+    ("kind", "row", "message"),
+    [
+        ("multiple_choice", CHOICE | {"choices": ["blue", "blue"]}, "all choices are the same tokens"),
+        ("schema", SCHEMA | {"context_options": ["Ann slept", "Ann slept"]}, "all contexts are the same tokens"),
+        ("language_modeling", MODELING | {"context": "two", "continuation": "\x00"}, "adds no token"),
+    ],
+)
+def test_an_item_with_nothing_to_score_is_named(tmp_path, tiny_tokenizer, monkeypatch, kind, row, message):
+    monkeypatch.setenv("CORE_DATA_DIR", str(tmp_path))
+    name = write_task(tmp_path, kind, num_fewshot=0, delimiter="")
+    (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    # A tokenizer that drops what it does not know.
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    settings = json.loads(file.read_text())
+    settings["normalizer"] = {"type": "Replace", "pattern": {"String": "\x00"}, "content": ""}
+    file.write_text(json.dumps(settings))
+    metadata = {"pretrained": str(tmp_path / "tokenizer")}
+    task = TaskManager(include_path=str(tmp_path), include_defaults=False, metadata=metadata).load([name])["tasks"][
+        name
+    ]
+    with pytest.raises(ValueError, match=f"{name}, item 0: .*{message}"):
+        task.build_all_requests()
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
         ('{"query": "q", "choices": ["a", "b"]', "line 2 is not JSON"),
@@ -129,6 +155,16 @@ def test_broken_rows_are_named(tmp_path, line, message):
     assert "task.jsonl, line 2" in str(caught.value)
     path.write_text("\n")
     with pytest.raises(ValueError, match="no rows"):
+        read_rows(path, "multiple_choice")
+
+
+def test_only_line_feeds_end_a_row_and_bytes_that_are_no_text_are_named(tmp_path):
+    path = tmp_path / "task.jsonl"
+    row = CHOICE | {"query": "a\u2028b\u2029c\u0085d"}
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    assert read_rows(path, "multiple_choice") == [row]
+    path.write_bytes(path.read_bytes() + b'{"query": "\xff"}\n')
+    with pytest.raises(ValueError, match="task.jsonl, line 2 is not JSON .*decode"):
         read_rows(path, "multiple_choice")
 
 
