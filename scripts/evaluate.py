@@ -11,7 +11,10 @@ from nanochat_hf.recipe import parse_recipe, run_command
 
 
 def main() -> None:
-    if {"--model", "-M"} & set(sys.argv):
+    arguments = sys.argv[1:]
+    if arguments[:1] in (["run"], ["ls"], ["validate"]) or any(
+        each.startswith(("--model", "-M")) for each in arguments
+    ):
         from nanochat_hf.evaluation.lm_eval_model import run_lm_eval
 
         return run_lm_eval()

@@ -1,5 +1,7 @@
 import random
+import runpy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from nanochat_hf.evaluation.scoring import score_continuations
 from nanochat_hf.generation import generate_completions
 
 VOCAB = 300
+SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate.py"
 
 
 def windowed_model():
@@ -262,6 +265,24 @@ def test_lm_evals_command_line_gets_class_and_tasks(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", "nanochat_hf", "--include_path=mine"])
     lm_eval_model.run_lm_eval()
     assert seen[1][2:] == ["--include_path=mine"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--model", "nanochat_hf"],
+        ["--model=nanochat_hf"],
+        ["-Mnanochat_hf"],
+        ["ls", "tasks"],
+        ["run", "--tasks", "core"],
+    ],
+)
+def test_the_script_knows_lm_evals_command_line(monkeypatch, arguments):
+    seen = []
+    monkeypatch.setattr(lm_eval_model, "run_lm_eval", lambda: seen.append(sys.argv[1:]))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+    runpy.run_path(str(SCRIPT))["main"]()
+    assert seen == [arguments]
 
 
 @pytest.mark.slow
