@@ -272,7 +272,7 @@ def test_lm_evals_command_line_gets_class_and_tasks(monkeypatch):
     [
         ["--model", "nanochat_hf"],
         ["--model=nanochat_hf"],
-        ["-Mnanochat_hf"],
+        ["-M", "nanochat_hf"],
         ["ls", "tasks"],
         ["run", "--tasks", "core"],
     ],
