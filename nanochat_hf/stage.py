@@ -110,8 +110,8 @@ def results_of(record: dict) -> dict:
 
 
 def write_json(path: str | Path, content: dict) -> None:
-    """Write JSON so that a reader sees either the old file or the new one, never half of it."""
-    path = Path(path)
+    """Write JSON so that a reader sees either the old file or the new one, never half of it; nan becomes null."""
+    path, content = Path(path), json.loads(json.dumps(content), parse_constant=lambda _: None)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w") as file:

@@ -11,7 +11,7 @@ from nanochat_hf.recipe import parse_recipe, run_command
 
 
 def main() -> None:
-    if {"--model", "-M"} & set(sys.argv):
+    if {"--model", "-M"} & {each.split("=")[0] for each in sys.argv} or {"run", "ls", "validate"} & {*sys.argv[1:2]}:
         from nanochat_hf.evaluation.lm_eval_model import run_lm_eval
 
         return run_lm_eval()

@@ -1,14 +1,18 @@
 import json
 import os
+import random
 import socket
 import time
 
+import numpy as np
 import pytest
 import torch
+from lm_eval.tasks import TaskManager
 from lm_eval_runs import expected_of, flags, golden_folder, run, save
 
 from nanochat_hf.configs import EvaluationConfig
-from nanochat_hf.evaluation import chatcore, mini_tasks
+from nanochat_hf.evaluation import TASKS_DIR, chatcore, mini_tasks
+from nanochat_hf.evaluation.chat_sample import sample_chatcore
 from nanochat_hf.evaluation.code_execution import extract_code, import_lines, passes_tests, runs_to_the_end
 from nanochat_hf.evaluation.evaluate import evaluate, summarize
 from nanochat_hf.evaluation.lm_eval_model import NanoChatHFLM
@@ -158,11 +162,35 @@ def test_missing_rows_are_named(folder, rows_dir):
 
 def test_broken_rows_are_named(folder, rows_dir):
     (rows_dir / "mmlu_test.jsonl").write_text(json.dumps(MMLU_ROW | {"answer": 4}) + "\n")
-    with pytest.raises(ValueError, match="mmlu row 0: `answer` must be the index of one of 4 choices"):
+    with pytest.raises(ValueError, match="mmlu_test.jsonl, line 1: no mmlu row: `answer` must be the index"):
         run(SayingModel(folder, letters=[-1.0]), ["chatcore_mmlu"])
     (rows_dir / "mmlu_test.jsonl").write_text("{")
     with pytest.raises(ValueError, match="mmlu_test.jsonl, line 1 is not JSON"):
         run(SayingModel(folder, letters=[-1.0]), ["chatcore_mmlu"])
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("mmlu", [1], "found list instead of an object"),
+        ("mmlu", MMLU_ROW | {"choices": 4}, "no mmlu row: object of type 'int'"),
+        ("mmlu", MMLU_ROW | {"choices": ["3"], "answer": 0}, r"needs at least two choices, found \['A'\]"),
+        ("arc_easy", ARC_ROW | {"choices": {"text": []}}, "no arc row: 'label'"),
+        ("gsm8k", GSM8K_ROW | {"answer": "Five."}, "its answer must end with `#### number`, found 'Five.'"),
+    ],
+)
+def test_a_broken_row_is_named_by_its_line(rows_dir, task, row, message):
+    path = rows_dir / f"{task}_test.jsonl"
+    path.write_text(path.read_text() * 9 + json.dumps(row) + "\n" + path.read_text() * 9)
+    manager = TaskManager(include_path=str(TASKS_DIR), include_defaults=False)
+    with pytest.raises(ValueError, match=f"{task}_test.jsonl, line 10: .*{message}"):
+        manager.load([f"chatcore_{task}"])
+
+
+def test_no_samples_are_refused(rows_dir):
+    manager = TaskManager(include_path=str(TASKS_DIR), include_defaults=False, metadata={"num_samples": 0})
+    with pytest.raises(ValueError, match="num_samples must be 1 or more, got 0"):
+        manager.load(["chatcore_gsm8k"])
 
 
 def test_a_tokenizer_without_chat_template_is_refused(tmp_path, tiny_model, tiny_tokenizer, rows_dir):
@@ -197,6 +225,16 @@ def test_the_recipe_writes_a_record_a_model(tmp_path, tiny_model, tiny_tokenizer
         capsys.readouterr().out
         == "core: finished before, nothing to do\nchatcore_sft: finished before, nothing to do\n"
     )
+
+
+def test_a_sample_leaves_the_trainings_random_numbers_alone(folder, tiny_model, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(mini_tasks, "NUM_ARITHMETIC_ROWS", 4)
+    states = []
+    for _ in range(2):
+        states.append((random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()))
+        if len(states) == 1:
+            assert len(sample_chatcore(tiny_model, tiny_tokenizer, folder, None, 2)["tasks"]) == 3
+    assert states[0] == states[1]
 
 
 @pytest.mark.parametrize(
@@ -255,6 +293,17 @@ ATTACKS = {
     "slow memory": "x = []\nwhile True: x.append(str(len(x)) * 10**5)",
     "write outside": "open('{outside}', 'w').write('x')",
     "write by descriptor": "import os\nos.write(os.open('{outside}', os.O_WRONLY | os.O_CREAT), b'x')",
+    "change folder": "import os\nos.chdir(os.path.dirname('{outside}'))\nopen('outside', 'w').write('x')",
+    "change folder by descriptor": "import os\nos.fchdir(os.open(os.path.dirname('{outside}'), os.O_RDONLY))\n"
+    "open('outside', 'w').write('x')",
+    "write beside a descriptor": "import os\nfolder = os.open(os.path.dirname('{outside}'), os.O_RDONLY)\n"
+    "os.open('outside', os.O_WRONLY | os.O_CREAT, dir_fd=folder)",
+    "sqlite": "import sqlite3\nsqlite3.connect('{outside}').execute('create table a (b)')",
+    "dbm": "import dbm\ndbm.open('{outside}', 'c')",
+    "history": "import readline\nreadline.write_history_file('{outside}')",
+    "fifo": "import os\nos.mkfifo('{outside}')",
+    "node": "import os\nos.mknod('{outside}')",
+    "shared memory": "from multiprocessing.shared_memory import SharedMemory\nSharedMemory(create=True, size=1)",
     "remove": "import os\nos.remove('{victim}')",
     "rename": "import os\nos.rename('{victim}', '{outside}')",
     "large file": "open('a', 'w').write('x' * 2**22)",
@@ -307,6 +356,7 @@ def test_endless_programs_end(attack):
 
 
 def test_honest_programs_run():
-    program = "from typing import *\nimport math, re, hashlib, collections, random, json\n"
+    program = "from typing import *\nimport math, re, hashlib, collections, random, json, tempfile\n"
     program += "print(hashlib.md5(b'a').hexdigest())\nopen('note', 'w').write('x')\nassert open('note').read() == 'x'"
+    program += "\ntempfile.TemporaryFile().write(b'x')"
     assert runs_to_the_end(program, timeout_seconds=30)

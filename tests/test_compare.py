@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from lm_eval.utils import make_table
@@ -90,6 +91,21 @@ def test_without_samples_differences_are_unpaired(tmp_path):
     two = write_results(tmp_path / "b", changed(1, 4, 5, 7, 9, 11))
     table = compare([one, two])
     assert "+0.1500 ± 0.1107 (inside the noise, unpaired)" in table and "lm-eval keeps them with --log_samples" in table
+
+
+def test_stock_files_with_filters_lists_and_names_of_their_own(tmp_path):
+    """As of `--output_path my_run.json`: another stem, a sample for each filter, items that are no numbers."""
+    paths = []
+    for name, flags in (("a", FLAGS), ("b", changed(1, 4, 5, 7, 9, 11))):
+        path = Path(write_results(tmp_path / name, flags))
+        samples = path.with_name("samples_core_one_2026-01-01.jsonl")
+        lines = [json.loads(line) for line in samples.read_text().splitlines()]
+        lines = [line | {"filter": "none"} for line in lines] + [line | {"filter": "x", "acc": 0} for line in lines]
+        samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        paths.append(str(path.rename(path.with_name("my_run_2026-01-01.json"))))
+    assert "+0.1500 ± 0.0572 (p 0.031)" in compare(paths)
+    samples.write_text("".join(json.dumps(line | {"acc": [1, 2]}) + "\n" for line in lines))
+    assert "unpaired)" in compare(paths)
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):

@@ -110,6 +110,32 @@ def test_where_scoring_starts():
 
 
 @pytest.mark.parametrize(
+    ("kind", "row", "message"),
+    [
+        ("multiple_choice", CHOICE | {"choices": ["blue", "blue"]}, "all choices are the same tokens"),
+        ("schema", SCHEMA | {"context_options": ["Ann slept", "Ann slept"]}, "all contexts are the same tokens"),
+        ("language_modeling", MODELING | {"context": "two", "continuation": "\x00"}, "adds no token"),
+    ],
+)
+def test_an_item_with_nothing_to_score_is_named(tmp_path, tiny_tokenizer, monkeypatch, kind, row, message):
+    monkeypatch.setenv("CORE_DATA_DIR", str(tmp_path))
+    name = write_task(tmp_path, kind, num_fewshot=0, delimiter="")
+    (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    # A tokenizer that drops what it does not know.
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    settings = json.loads(file.read_text())
+    settings["normalizer"] = {"type": "Replace", "pattern": {"String": "\x00"}, "content": ""}
+    file.write_text(json.dumps(settings))
+    metadata = {"pretrained": str(tmp_path / "tokenizer")}
+    task = TaskManager(include_path=str(tmp_path), include_defaults=False, metadata=metadata).load([name])["tasks"][
+        name
+    ]
+    with pytest.raises(ValueError, match=f"{name}, item 0: .*{message}"):
+        task.build_all_requests()
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
         ('{"query": "q", "choices": ["a", "b"]', "line 2 is not JSON"),
@@ -129,6 +155,16 @@ def test_broken_rows_are_named(tmp_path, line, message):
     assert "task.jsonl, line 2" in str(caught.value)
     path.write_text("\n")
     with pytest.raises(ValueError, match="no rows"):
+        read_rows(path, "multiple_choice")
+
+
+def test_only_line_feeds_end_a_row_and_bytes_that_are_no_text_are_named(tmp_path):
+    path = tmp_path / "task.jsonl"
+    row = CHOICE | {"query": "a\u2028b\u2029c\u0085d"}
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    assert read_rows(path, "multiple_choice") == [row]
+    path.write_bytes(path.read_bytes() + b'{"query": "\xff"}\n')
+    with pytest.raises(ValueError, match="task.jsonl, line 2 is not JSON .*decode"):
         read_rows(path, "multiple_choice")
 
 
@@ -219,6 +255,45 @@ def test_a_missing_file_is_named_and_core_is_not_whole(tmp_path, tiny_model, tin
     monkeypatch.setenv("CORE_DATA_DIR", str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="no folder .*nowhere"):
         run(lm, ["both"], include_path=tasks)
+
+
+@pytest.fixture
+def choice_task(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
+    """A model of lm-eval's, a task of our own, and the folder with its file."""
+    monkeypatch.setenv("CORE_DATA_DIR", str(tmp_path / "tasks"))
+    name = write_task(tmp_path / "tasks", "multiple_choice")
+    return NanoChatHFLM(save(tiny_model, tiny_tokenizer, tmp_path / "model"), device="cpu"), name, tmp_path / "tasks"
+
+
+def test_cached_requests_are_those_of_the_same_rows(choice_task, tmp_path, monkeypatch):
+    lm, name, tasks = choice_task
+    monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path / "cache"))
+
+    def contexts():
+        samples = run(lm, [name], include_path=tasks, cache_requests=True, limit=2)["samples"][name]
+        return [sample["arguments"][0][0] for sample in samples]
+
+    first = contexts()
+    assert contexts() == first and len(list((tmp_path / "cache").iterdir())) == 1
+    rows = [row | {"query": "Another question:"} for row in choice_rows(12)]
+    (tasks / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert all("Another question:" in context for context in contexts())
+
+
+def test_more_processes_than_items_are_refused_in_all_of_them(choice_task):
+    lm, name, tasks = choice_task
+    manager = TaskManager(include_path=str(tasks), include_defaults=False, metadata={"pretrained": lm.pretrained})
+    task = manager.load([name])["tasks"][name]
+    for rank in (0, 1):
+        with pytest.raises(ValueError, match=f"{name}: 2 processes have 1 items to share"):
+            task.build_all_requests(limit=1, rank=rank, world_size=2)
+
+
+def test_a_chat_template_on_core_is_announced_once(choice_task, caplog):
+    lm, name, tasks = choice_task
+    for _ in range(2):
+        run(lm, [name], include_path=tasks, limit=2, apply_chat_template=True)
+    assert caplog.text.count("--apply_chat_template does not change them") == 1
 
 
 def test_the_22_tasks_are_cores(shared_data):

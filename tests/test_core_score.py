@@ -1,18 +1,31 @@
 """CORE without lm-eval's reporting: the benchmark's three sides, and training that scores itself."""
 
 import json
+import math
 import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import make_table
 from lm_eval_runs import flags, run, save
 from small_runs import curve, small_run
 from test_core import ROWS
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
 from nanochat_hf import pretrain
 from nanochat_hf.benchmark import benchmark
+from nanochat_hf.configs import EvaluationConfig
+from nanochat_hf.evaluation import TASKS_DIR, lm_eval_model
 from nanochat_hf.evaluation.core_score import load_core, mean_centered, score_model, score_tasks
+from nanochat_hf.evaluation.evaluate import evaluate
 from nanochat_hf.evaluation.lm_eval_model import NanoChatHFLM
+from nanochat_hf.evaluation.noise import standard_error
 from nanochat_hf.training_step import make_accelerator
 
 
@@ -60,6 +73,97 @@ def test_flags_and_core_are_lm_evals(folder, core_data, tiny_model, tiny_tokeniz
     tiny_model.train()
     assert score_model(tasks, 3, make_accelerator(), tiny_model, tiny_tokenizer) == pytest.approx(core)
     assert tiny_model.training
+
+
+def evaluate_base(run_dir, core_data, **settings):
+    """The record of a recipe's evaluation of the base model on CORE's files."""
+    evaluate(EvaluationConfig(run_dir=str(run_dir), stages=["base"], core_data=str(core_data), **settings))
+    return json.loads((run_dir / "eval" / "core.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_the_recipe_scores_core_and_says_what_is_missing(tmp_path, core_data, tiny_model, tiny_tokenizer, capsys):
+    save(tiny_model, tiny_tokenizer, tmp_path / "base")
+    summary = evaluate_base(tmp_path, core_data)["summary"]
+    tasks = summary["tasks"].values()
+    assert len(tasks) == 22 and summary["core"] == pytest.approx(sum(task["centered"] for task in tasks) / 22)
+    errors = [standard_error(task["correct"]) / (1 - task["baseline"]) for task in tasks]
+    assert summary["core_stderr"] == pytest.approx(math.sqrt(sum(error**2 for error in errors)) / 22)
+    assert not (tmp_path / "eval" / "core.cache").exists()
+    os.remove(core_data / "copa.jsonl")
+    os.remove(tmp_path / "eval" / "core.json")
+    record = evaluate_base(tmp_path, core_data)
+    assert record["summary"]["core"] is None and record["summary"]["missing"] == ["core_copa (no copa.jsonl)"]
+    assert record["groups"]["core"]["centered,none"] is None and "copa" in make_table(record)
+    assert "not whole, missing core_copa" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_another_model", [False, True])
+def test_an_interrupted_recipe_goes_on_from_its_cache(
+    tmp_path, core_data, tiny_model, tiny_tokenizer, monkeypatch, is_another_model
+):
+    save(tiny_model, tiny_tokenizer, tmp_path / "base")
+    score, asked = lm_eval_model.score_continuations, []
+
+    def interrupted(model, pairs, *arguments, on_scored):
+        score(model, pairs[:5], *arguments, on_scored=on_scored)
+        asked.append(len(pairs))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(lm_eval_model, "score_continuations", interrupted)
+        evaluate_base(tmp_path, core_data)
+    monkeypatch.setattr(lm_eval_model, "score_continuations", lambda *a, **k: asked.append(len(a[1])) or score(*a, **k))
+    if is_another_model:
+        save(tiny_model, tiny_tokenizer, tmp_path / "base")
+    evaluate_base(tmp_path, core_data)
+    assert asked[1] == asked[0] if is_another_model else asked[1] <= asked[0] - 5
+
+
+@pytest.mark.parametrize("is_whole", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_the_plain_lm_eval_command_prints_core(folder, core_data, tmp_path, is_whole):
+    if not is_whole:
+        os.remove(core_data / "copa.jsonl")
+    command = [str(Path(sys.executable).with_name("lm_eval")), "--model", "hf", "--include_path", str(TASKS_DIR)]
+    command += ["--model_args", f"pretrained={folder},trust_remote_code=True", "--tasks", "core", "--log_samples"]
+    command += ["--output_path", str(tmp_path / "output"), "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (path,) = (tmp_path / "output").rglob("results_*.json")
+    results = json.loads(path.read_text())
+    tasks = {name: figures for name, figures in results["results"].items() if name != "core"}
+    core = results["groups"]["core"]["centered,none"]
+    assert len(tasks) == 22 and math.isnan(core) is not is_whole
+    if is_whole:
+        assert core == pytest.approx(sum(figures["centered,none"] for figures in tasks.values()) / 22)
+    assert [name for name, figures in tasks.items() if math.isnan(figures["acc,none"])] == ["core_copa"] * (
+        not is_whole
+    )
+    for name in tasks.keys() - {"core_copa"}:
+        assert re.search(rf"\b{name}\b", done.stdout)
+        (samples,) = path.parent.glob(f"samples_{name}_2*.jsonl")
+        flags = [json.loads(line)["acc"] for line in samples.read_text().split("\n") if line]
+        assert len(flags) == 4 and set(flags) <= {0.0, 1.0}
+        assert tasks[name]["acc,none"] == pytest.approx(sum(flags) / 4)
+    assert ("(no copa.jsonl)" in done.stdout) is not is_whole
+
+
+def test_a_gpt2_of_transformers_has_the_same_flags_by_both_models(core_data, tmp_path):
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    backend.train_from_iterator((path.read_text() for path in core_data.iterdir()), trainer)
+    tokenizer = GPT2TokenizerFast(tokenizer_object=backend)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=2, n_positions=1024))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    for each in (model, tokenizer):
+        each.save_pretrained(tmp_path / "gpt2")
+    theirs, ours = (run(each(str(tmp_path / "gpt2"), device="cpu"), ["core"], limit=4) for each in (HFLM, NanoChatHFLM))
+    found = {name: flags(theirs, name) for name in theirs["samples"]}
+    assert len(found) == 22 and found == {name: flags(ours, name) for name in found}
+    assert 0 < sum(map(sum, found.values())) < 88
 
 
 def test_training_logs_core_and_wants_all_files_before_it_starts(tmp_path, tiny_tokenizer, core_data):

@@ -55,7 +55,14 @@ def run_dir(tmp_path, tiny_model, tiny_tokenizer):
     (run / "eval" / "sft.json").write_text(json.dumps({"settings": settings, "results": {}}))
     metrics = {
         "base": {"val_bpb": 1.5},
-        "chatcore": {"chatcore": 0.25, "arithmetic": 0.5, "stage": "sft", "seconds": 3.5},
+        "chatcore": {
+            "chatcore": 0.25,
+            "chatcore_stderr": 0.02,
+            "chatcore_mini_arithmetic": 0.5,
+            "num_items": {"chatcore_mini_arithmetic": 40},
+            "stage": "sft",
+            "seconds": 3.5,
+        },
     }
     (run / "metrics.json").write_text(json.dumps(metrics))
     (run / "report.md").write_text("# report\n")
@@ -121,7 +128,12 @@ def test_published_models_load_without_this_package(run_dir, tmp_path, tiny_mode
 def test_the_card_states_scores_data_and_no_paths(run_dir):
     metrics = json.loads((run_dir / "metrics.json").read_text())
     card = model_card(run_dir, "rl", ["sft", "rl"], "me/tiny", metrics)
-    assert "- arithmetic: 0.5000 (accuracy)" in card and "1.5000 bits per byte" in card
+    assert "- chatcore_mini_arithmetic: 0.5000 (accuracy, 40 items)" in card and "1.5000 bits per byte" in card
+    assert "- chatcore_mini: 0.2500 ± 0.0200 (mean centered accuracy, 40 items)" in card and "chatcore:" not in card
+    with pytest.raises(ValueError, match="build the report again"):
+        model_card(run_dir, "rl", ["rl"], "me/tiny", {"core": {"core": 0.1}})
+    real = {"core": {"core": 0.1, "core_copa": 0.2, "num_items": {"core_copa": 9}}}
+    assert "- core: 0.1000 (mean centered accuracy, 9 items)" in model_card(run_dir, "rl", ["rl"], "me/tiny", real)
     assert "- sft: arithmetic, talk.jsonl" in card and "/home/me" not in card
     assert "license: mit" in card and "library_name: transformers" in card
     assert "3.5" not in card.split("## Use")[0]

@@ -1,5 +1,7 @@
 import random
+import runpy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from nanochat_hf.evaluation.scoring import score_continuations
 from nanochat_hf.generation import generate_completions
 
 VOCAB = 300
+SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate.py"
 
 
 def windowed_model():
@@ -112,15 +115,15 @@ def test_long_inputs_lose_tokens_on_the_left():
     model = llama_model()
     context, continuation = list(range(50)), [7, 8, 9]
     ((likelihood, _),) = score_continuations(model, [(context, continuation)], max_length=20)
-    assert likelihood == pytest.approx(score_plainly(model, context[-18:], continuation)[0], abs=1e-4)
+    assert likelihood == pytest.approx(score_plainly(model, context[-17:], continuation)[0], abs=1e-4)
 
 
 def test_bad_requests_are_named():
     model = llama_model()
     with pytest.raises(ValueError, match="request 1: context and continuation both need"):
         score_continuations(model, [([1], [2]), ([1], [])])
-    with pytest.raises(ValueError, match="request 0: its 5 tokens to score exceed max_length=4"):
-        score_continuations(model, [([1], [1, 2, 3, 4, 5])], max_length=4)
+    with pytest.raises(ValueError, match="request 0: its 4 tokens to score leave no context in max_length=4"):
+        score_continuations(model, [([1], [1, 2, 3, 4])], max_length=4)
 
 
 def test_batches_keep_to_their_budgets(monkeypatch):
@@ -185,7 +188,7 @@ def test_our_models_are_not_cut_at_their_training_length(folder):
     long = instances("loglikelihood", [("word " * 60 + "one", " two")])
     whole = NanoChatHFLM(folder, device="cpu")
     cut = NanoChatHFLM(folder, device="cpu", max_length=32)
-    theirs = HFLM(folder, device="cpu", max_length=32)
+    theirs = HFLM(folder, device="cpu", max_length=31)  # inputs, where nanochat counts the last target as well
     assert whole.max_length == HFLM(folder, device="cpu").max_length == 320, "nanochat allows ten times the length"
     assert cut.loglikelihood(long)[0][0] == pytest.approx(theirs.loglikelihood(long)[0][0], abs=1e-4)
     assert whole.loglikelihood(long)[0][0] != pytest.approx(cut.loglikelihood(long)[0][0], abs=1e-4)
@@ -204,6 +207,19 @@ def test_generation_is_the_projects_own(folder):
     stop = texts[1][4:6]
     (cut,) = lm.generate_until(instances("generate_until", [(contexts[1], settings | {"until": [stop]})]))
     assert cut == texts[1][: texts[1].index(stop)]
+
+
+def test_every_sample_of_a_prompt_is_another(folder):
+    lm = NanoChatHFLM(folder, device="cpu", max_batch_size=2)
+    settings = {"until": [], "max_gen_toks": 12, "do_sample": True}
+    texts = lm.generate_until(instances("generate_until", [("<|bos|>One", settings)] * 6))
+    assert len(set(texts)) == 6
+
+
+def test_a_prompt_needs_room(folder):
+    lm = NanoChatHFLM(folder, device="cpu", max_length=16)
+    with pytest.raises(ValueError, match="max_gen_toks=16 leaves no room .* 16 tokens: give --gen_kwargs"):
+        lm.generate_until(instances("generate_until", [("<|bos|>One", {"until": [], "max_gen_toks": 16})]))
 
 
 def test_unknown_generation_settings_are_refused(folder):
@@ -249,6 +265,24 @@ def test_lm_evals_command_line_gets_class_and_tasks(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", "nanochat_hf", "--include_path=mine"])
     lm_eval_model.run_lm_eval()
     assert seen[1][2:] == ["--include_path=mine"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--model", "nanochat_hf"],
+        ["--model=nanochat_hf"],
+        ["-M", "nanochat_hf"],
+        ["ls", "tasks"],
+        ["run", "--tasks", "core"],
+    ],
+)
+def test_the_script_knows_lm_evals_command_line(monkeypatch, arguments):
+    seen = []
+    monkeypatch.setattr(lm_eval_model, "run_lm_eval", lambda: seen.append(sys.argv[1:]))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+    runpy.run_path(str(SCRIPT))["main"]()
+    assert seen == [arguments]
 
 
 @pytest.mark.slow

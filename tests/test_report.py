@@ -2,7 +2,7 @@
 
 import json
 import math
-from statistics import pstdev
+from statistics import stdev
 
 import pytest
 
@@ -88,7 +88,7 @@ def run_dir(tmp_path):
     samples = [{"prompt": "The capital of France is", "completion": " ```Paris```"}]
     write_record(run, "base_loss", {"train_bpb": 1.4, "val_bpb": 1.5, "samples": samples}, 2)
     core_tasks = {"core_mini_copa": {"accuracy": 0.6, "centered": 0.2, "num_items": 40}}
-    write_record(run, "core", {"core": 0.2, "tasks": core_tasks}, 3)
+    write_record(run, "core", {"core": 0.2, "core_stderr": 0.15, "tasks": core_tasks}, 3)
     mixture = {
         "rows": {"arithmetic": 30, "identity": 10},
         "tokens": {"arithmetic": 900, "identity": 100},
@@ -121,6 +121,7 @@ def test_report_has_every_section_in_nanochats_order(run_dir, capsys):
     assert not (run_dir / "plots" / "reward.png").exists()
     assert "| news | 100 | 50 | 2.00 | 40 | 2.50 | +20.0% |" in report
     assert "cannot be compared" in report
+    assert "| CORE metric | 0.2000 | - | 0.1500 | - | - |" in report
     assert "- mixture: source=arithmetic rows=30; source=identity" in report
     assert "| arithmetic | 30 | 900 | 90.00% | 3 |\n| identity | 10 | 100 | 10.00% | - |" in report
     assert "Training rows: truncated 2." in report
@@ -160,8 +161,9 @@ def test_metrics_have_the_promised_keys(run_dir):
         assert keys | {"seconds", "peak_memory_mib"} <= metrics[stage].keys(), stage
     assert metrics["sft"]["arithmetic_accuracy"] == 0.5 and metrics["rl"]["arithmetic_accuracy"] == 0.65
     assert metrics["rl"]["num_arithmetic_problems"] == 200
-    assert metrics["sft"]["arithmetic_stderr"] == pytest.approx(math.sqrt(0.25 / 200))
+    assert metrics["sft"]["arithmetic_stderr"] == pytest.approx(math.sqrt(0.25 / 199))
     assert metrics["core"]["core_mini_copa"] == 0.2
+    assert metrics["core"]["core_stderr"] == 0.15 and metrics["core"]["num_items"] == {"core_mini_copa": 40}
     assert metrics["chatcore"]["stage"] == "rl" and metrics["chatcore"]["chatcore_mini_arithmetic"] == 0.65
     assert metrics["rl"]["paired_test_sft_to_rl"]["only_rl_right"] == 30
     assert metrics["total_seconds"] == 10 * 30
@@ -199,7 +201,7 @@ def test_paired_test_counts_problems_and_is_exact(run_dir):
     )
     assert paired["p_value"] == pytest.approx(2 / 2**30)
     differences = [0] * (paired["num_problems"] - 30) + [1] * 30  # problem by problem
-    assert paired["difference_stderr"] == pytest.approx(pstdev(differences) / paired["num_problems"] ** 0.5)
+    assert paired["difference_stderr"] == pytest.approx(stdev(differences) / paired["num_problems"] ** 0.5)
     # Binomial(10, 1/2): P(X <= 2) = (1 + 10 + 45) / 1024
     assert sign_test(2, 8) == sign_test(8, 2) == pytest.approx(2 * 56 / 1024)
     assert sign_test(0, 0) == sign_test(5, 5) == 1.0

@@ -44,7 +44,7 @@ def run(config: CoreBenchmarkConfig) -> tuple[dict, str]:
     loaded = load_core(config.model, config.core_data)
     tasks = {name: task for name, task in loaded.items() if not task.missing}
     # lm-eval's own class around the same weights; prompts are cut where ours are.
-    theirs = HFLM(lm.model, tokenizer=lm.tokenizer, max_length=lm.max_length, backend="causal")
+    theirs = HFLM(lm.model, tokenizer=lm.tokenizer, max_length=lm.max_length - 1, backend="causal")
     seconds_of_sizes = find_batch_size(theirs, build_requests(tasks, config.max_per_task)[::SAMPLE_EVERY])
     batch_size = theirs.batch_size_per_gpu
     sides: dict[str, Callable[[int], Flags]] = {
@@ -103,7 +103,7 @@ def score_one_by_one(lm: NanoChatHFLM, tasks: dict[str, CoreTask], limit: int) -
             if task.core_type == "language_modeling":
                 sequences = sequences[1:]
             num_scored = [len(ids) - start for ids, start in zip(sequences, starts, strict=True)]
-            means, greedy = score_batch(lm, [ids[-lm.max_length - 1 :] for ids in sequences], num_scored)
+            means, greedy = score_batch(lm, [ids[-lm.max_length :] for ids in sequences], num_scored)
             right = greedy[0] if task.core_type == "language_modeling" else means.index(min(means)) == row["gold"]
             flags[name].append(int(right))
     return flags

@@ -26,6 +26,7 @@ def sample_chatcore(
 
     Returns:
         `chatcore`, the mean centered score (None where a task's data is missing), and `tasks`, each one's accuracy.
+        Every process of a training calls this; the first of a machine gets figures, the others None and no task.
     """
     was_training = model.training
     lm = NanoChatHFLM(pretrained=model, tokenizer=tokenizer)
@@ -39,5 +40,5 @@ def sample_chatcore(
         results = summarize(run_tasks(lm, manager, tasks, num_rows), group, "chatcore")
     model.train(was_training)
     centered = [task["centered"] for task in results["tasks"].values()]
-    mean = None if results["missing"] else sum(centered) / len(centered)
+    mean = None if results["missing"] or not centered else sum(centered) / len(centered)
     return {"chatcore": mean, "tasks": {name: task["accuracy"] for name, task in results["tasks"].items()}}

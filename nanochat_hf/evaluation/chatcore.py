@@ -10,8 +10,7 @@ assistant token. The others: greedy generation, with the calculator where the mo
 Rows come from the Hub, or from `CHATCORE_DATA_DIR`, a folder of .jsonl files with rows of the same shape.
 """
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from math import comb
 from pathlib import Path
@@ -28,6 +27,7 @@ from ..data.messages import (
 )
 from ..rewards import answer_format, extract_answer, is_correct
 from .code_execution import passes_tests
+from .json_lines import read_json_lines
 from .row_task import MissingData, RowTask
 
 SHUFFLE_SEED = 42
@@ -61,28 +61,24 @@ class ChatTask(RowTask):
     def load_rows(self) -> list[dict]:
         """Rows of the YAML's function, of the local file, or of the Hub, in nanochat's order."""
         if "rows" in self.own:
-            rows = self.own["rows"]()
+            named_rows = enumerate(self.own["rows"]())
         elif folder := self.data_dir("chatcore_data_dir"):
-            rows = shuffled(self._read(folder / self.own["data_file"]))
+            named_rows = self._read(folder / self.own["data_file"])
         else:
-            rows = shuffled(self._fetch())
-        for number, row in enumerate(rows):
+            named_rows = ((f"{self.own['dataset_path']} row {i}", row) for i, row in enumerate(self._fetch()))
+        rows = []
+        for where, row in named_rows:
             try:
-                self.messages(row)
-            except ValueError as error:
-                raise ValueError(f"{self.own['row_format']} row {number}: {error}") from error
-        return rows
+                self.check(row)
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{where}: no {self.own['row_format']} row: {error}") from error
+            rows.append(row)
+        return rows if "rows" in self.own else shuffled(rows)
 
-    def _read(self, path: Path) -> list[dict]:
+    def _read(self, path: Path) -> Iterator[tuple[str, dict]]:
         if not path.is_file():
             raise MissingData(path.name, f"no file {path}; CHATCORE_DATA_DIR must hold it, or be unset to use the Hub")
-        rows = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON ({error})") from error
-        return rows
+        return read_json_lines(path)
 
     def _fetch(self) -> list[dict]:
         name = self.own["dataset_path"]
@@ -95,6 +91,10 @@ class ChatTask(RowTask):
                 f"data set {name} cannot be had ({reason}); set CHATCORE_DATA_DIR to a folder with "
                 f"{self.own['data_file']}",
             ) from error
+
+    def check(self, row: dict) -> None:
+        """Refuse a row that cannot be asked or scored, by an error that says why."""
+        self.messages(row)
 
     def messages(self, row: dict) -> list[dict]:
         """The row as a conversation: the question, then the reference answer."""
@@ -141,6 +141,12 @@ class ChatChoiceTask(ChatTask):
     request_type = "loglikelihood"
     formats = {"arc": messages_from_arc, "mmlu": messages_from_mmlu}
 
+    def check(self, row: dict) -> None:
+        """As for every task; and there must be a choice."""
+        super().check(row)
+        if len(self.letters(row)) < 2:
+            raise ValueError(f"needs at least two choices, found {self.letters(row)}")
+
     def letters(self, row: dict) -> list[str]:
         """What the model may answer; ARC's rows bring their own labels."""
         if self.own["row_format"] == "arc":
@@ -168,6 +174,17 @@ class ChatGenerateTask(ChatTask):
     OUTPUT_TYPE = "generate_until"
     request_type = "generate_until"
     formats = {"gsm8k": messages_from_gsm8k}
+
+    def __init__(self, config: dict):
+        super().__init__(config)
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples must be 1 or more, got {self.num_samples}")
+
+    def check(self, row: dict) -> None:
+        """As for every task; and a GSM8K row must state its number."""
+        super().check(row)
+        if self.has_format and extract_answer(row["answer"]) is None:
+            raise ValueError(f"its answer must end with `#### number`, found {row['answer'][-40:]!r}")
 
     @property
     def has_format(self) -> bool:

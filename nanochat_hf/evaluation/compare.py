@@ -6,10 +6,9 @@ Two models that answered the same items are compared item by item: what both fin
 smaller differences show. A difference that equally good models would show more than once in twenty times is noise.
 """
 
-import math
 from collections.abc import Sequence
 
-from .noise import Difference, mean_difference, paired_difference, unpaired_difference
+from .noise import Difference, error_of_mean, mean_difference, paired_difference, unpaired_difference
 from .result_files import ModelScores, TaskScore, read_scores
 
 
@@ -76,7 +75,7 @@ def group_cells(group: str, models: Sequence[ModelScores], differences: Sequence
             cells.append("-")
             continue
         errors = [centered(model.tasks[name].stderr, model.tasks[name]) for name in tasks]
-        cells.append(f"{mean:.4f} ± {math.hypot(*errors) / len(errors):.4f}")
+        cells.append(f"{mean:.4f} ± {error_of_mean(errors):.4f}")
     tasks = next(model.groups[group][1] for model in models if group in model.groups)
     for model, of_task in zip(models[1:], differences, strict=True):
         if group not in models[0].groups or group not in model.groups or not set(tasks) <= of_task.keys():

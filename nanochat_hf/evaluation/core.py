@@ -11,6 +11,7 @@ answers. A task is one YAML: file, shots, delimiter, kind and baseline.
 import logging
 from functools import lru_cache
 
+from lm_eval.utils import warning_once
 from transformers import PreTrainedTokenizerBase
 
 from . import CORE_DATA_DIR
@@ -57,8 +58,9 @@ class CoreTask(RowTask):
         """As in lm-eval; the few-shot examples come from the file cropped to `limit`, as nanochat's do."""
         self._pool = self._docs[: int(limit)] if limit else self._docs
         self._items = {}
-        # Requests depend on the crop and on the tokenizer: lm-eval's request cache is told both through this name.
-        tokenizer_name = f"{tokenizer_name}-{self.tokenizer_path()}-limit{limit}".replace("/", "__")
+        tokenizer_name += f"-limit{limit}"  # shots depend on the crop, which lm-eval's cache of requests does not know
+        if kwargs.get("apply_chat_template"):
+            warning_once(logger, "CORE's prompts are plain text: --apply_chat_template does not change them")
         super().build_all_requests(limit=limit, tokenizer_name=tokenizer_name, **kwargs)
         inexact = sum(not item.exact for item in self._items.values())
         if inexact:

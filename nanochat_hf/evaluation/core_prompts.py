@@ -5,10 +5,11 @@ CORE (DCLM, arXiv 2406.11794) has three kinds of tasks: `multiple_choice` (one c
 token). Shuffle, crop, few-shot draw and delimiters are nanochat's, so every item's right/wrong flag is too.
 """
 
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+
+from .json_lines import read_json_lines
 
 SHUFFLE_SEED = 1337
 FEWSHOT_SEED = 1234  # plus the item's index in the shuffled file
@@ -29,18 +30,9 @@ def read_rows(path: Path, task_type: str) -> list[dict]:
             range or a blank continuation; the message names file and line.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error}); fetch the file again") from error
-        problem = row_problem(row, task_type)
-        if problem:
-            raise ValueError(
-                f"{path}, line {number}: {problem}; a {task_type} row has {', '.join(ROW_FIELDS[task_type])}"
-            )
+    for where, row in read_json_lines(path):
+        if problem := row_problem(row, task_type):
+            raise ValueError(f"{where}: {problem}; a {task_type} row has {', '.join(ROW_FIELDS[task_type])}")
         rows.append(row)
     if not rows:
         raise ValueError(f"{path} has no rows; fetch the file again")
@@ -54,10 +46,8 @@ def shuffled(rows: Sequence[dict]) -> list[dict]:
     return rows
 
 
-def row_problem(row: object, task_type: str) -> str | None:
+def row_problem(row: dict, task_type: str) -> str | None:
     """What is wrong with a row, or None."""
-    if not isinstance(row, dict):
-        return f"found {type(row).__name__} instead of an object"
     for name, kind in ROW_FIELDS[task_type].items():
         if not isinstance(row.get(name), kind):
             return f"`{name}` must be {kind.__name__}, found {row.get(name)!r}"
@@ -122,17 +112,25 @@ def scored_starts(sequences: Sequence[Sequence[int]], task_type: str) -> list[in
     For language modeling the sequences are (without, with) and the one index belongs to the second.
 
     Raises:
-        ValueError: the prompt without the continuation is no token prefix of the one with it.
+        ValueError: the prompt without the continuation is no token prefix of the one with it; or nothing is left to
+            tell the options apart by, or to score.
     """
     if task_type == "multiple_choice":
-        return [common_prefix(sequences)] * len(sequences)
+        start = common_prefix(sequences)
+        if start == max(map(len, sequences)):
+            raise ValueError("all choices are the same tokens")
+        return [start] * len(sequences)
     if task_type == "schema":
-        suffix = common_suffix(sequences)
-        return [len(s) - suffix for s in sequences]
+        starts = [len(s) - common_suffix(sequences) for s in sequences]
+        if min(starts) == 0:
+            raise ValueError("all contexts are the same tokens")
+        return starts
     without, whole = sequences
     if whole[: len(without)] != without:
         raise ValueError(
             "the prompt without its continuation is not a token prefix of the whole prompt: this tokenizer merges "
             "across the border, so CORE's language modeling tasks are not defined for it"
         )
+    if len(whole) == len(without):
+        raise ValueError("the continuation adds no token to its context")
     return [len(without)]

@@ -1,6 +1,6 @@
-"""The recipe's evaluation: CORE of the base model and ChatCORE of each chat model, through lm-eval, in one process.
+"""The recipe's evaluation: CORE of the base model and ChatCORE of each chat model, through lm-eval.
 
-    python scripts/evaluate.py --config recipes/tiny/eval.yaml
+    python scripts/evaluate.py --config recipes/tiny/eval.yaml     # with `accelerate launch`, processes share the items
 
 Without data the embedded mini tasks are asked; with `core_data` the 22 CORE tasks instead, with `eval_data` nanochat's
 five chat tasks beside them. Each model's record is a results file of lm-eval's, which its tools and
@@ -9,6 +9,8 @@ five chat tasks beside them. Each model's record is a results file of lm-eval's,
 
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from ..recipe import nearest
 from ..stage import STAGES, Stage
 from . import TASKS_DIR
 from .lm_eval_model import NanoChatHFLM
+from .noise import error_of_mean
 
 HUMANEVAL = "chatcore_humaneval"
 
@@ -39,9 +42,11 @@ def evaluate(config: EvaluationConfig) -> None:
             print(f"{record.name}: finished before, nothing to do")
             continue
         with record:
-            folder = Path(config.run_dir) / stage_name
-            record.results, record.results_file = evaluate_model(folder, config, chat=stage_name != "base")
-        print(_table(record.name, record.results))
+            folder, cache = Path(config.run_dir) / stage_name, record.path.with_suffix(".cache")
+            record.results, record.results_file = evaluate_model(folder, config, cache, chat=stage_name != "base")
+        if os.environ.get("RANK", "0") == "0":
+            shutil.rmtree(cache, ignore_errors=True)
+            print(_table(record.name, record.results))
 
 
 def _record_name(stage_name: str) -> str:
@@ -75,24 +80,29 @@ def _check(config: EvaluationConfig) -> None:
             raise ValueError(f"{key}={folder}: no such folder")
 
 
-def evaluate_model(folder: Path, config: EvaluationConfig, chat: bool) -> tuple[dict, dict]:
-    """Results of one model folder: the summary `{core or chatcore: mean, tasks, missing}`, and lm-eval's own."""
+def evaluate_model(folder: Path, config: EvaluationConfig, cache: Path, chat: bool) -> tuple[dict, dict]:
+    """Results of one model folder: the summary `{core or chatcore: mean, tasks, missing}`, and lm-eval's own.
+
+    Answers lie in the folder `cache` as soon as they are there, and an interrupted evaluation goes on from them. They
+    are this model's alone: another state of its files gets another name.
+    """
+    answers = str(cache / str(max(file.stat().st_mtime_ns for file in folder.iterdir())))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lm = NanoChatHFLM(str(folder), dtype="float32", device=device)
     metadata = {"pretrained": str(folder), "core_data_dir": config.core_data, "chatcore_data_dir": config.eval_data}
     manager = TaskManager(include_path=str(TASKS_DIR), include_defaults=False, metadata=metadata)
     if not chat:
         group = "core" if config.core_data else "core_mini"
-        results = run_tasks(lm, manager, [group], config.limit if config.core_data else None)
+        results = run_tasks(lm, manager, [group], config.limit if config.core_data else None, answers)
         return summarize(results, group, "core"), results_file(folder, results)
-    mini_results = run_tasks(lm, manager, ["chatcore_mini"], None)
+    mini_results = run_tasks(lm, manager, ["chatcore_mini"], None, answers)
     mini = summarize(mini_results, "chatcore_mini", "chatcore")
     if not config.eval_data:
         return mini, results_file(folder, mini_results)
     group = ["chatcore"]
     if not config.run_unsafe_code:
         group = [task for task in manager.load("chatcore")["group_map"]["chatcore"] if task != HUMANEVAL]
-    real_results = run_tasks(lm, manager, group, config.limit)
+    real_results = run_tasks(lm, manager, group, config.limit, answers)
     real = summarize(real_results, "chatcore", "chatcore")
     if not config.run_unsafe_code:
         real["missing"].append(f"{HUMANEVAL} (needs run_unsafe_code)")
@@ -112,9 +122,15 @@ def results_file(folder: Path, *all_results: dict) -> dict:
     return json.loads(json.dumps(merged, default=handle_non_serializable))
 
 
-def run_tasks(lm: NanoChatHFLM, manager: TaskManager, tasks: list[str], limit: int | None) -> dict:
-    """lm-eval's results of tasks or groups, items logged."""
-    return simple_evaluate(
+def run_tasks(
+    lm: NanoChatHFLM, manager: TaskManager, tasks: list[str], limit: int | None, cache: str | None = None
+) -> dict:
+    """lm-eval's results of tasks or groups, items logged; of several processes only the first gets any.
+
+    Args:
+        cache: where to keep answers: a path to which lm-eval adds the process's rank.
+    """
+    results = simple_evaluate(
         model=lm,
         tasks=tasks,
         task_manager=manager,
@@ -122,23 +138,31 @@ def run_tasks(lm: NanoChatHFLM, manager: TaskManager, tasks: list[str], limit: i
         bootstrap_iters=1,  # standard errors of means need no bootstrap; 0 would leave them out
         confirm_run_unsafe_code=True,  # HumanEval is among the tasks only when the recipe said run_unsafe_code
         log_samples=True,
+        use_cache=cache,
+        # Nothing here draws from the global generators, which a training around it may be using.
+        random_seed=None,
+        numpy_random_seed=None,
+        torch_random_seed=None,
     )
+    return results or {}
 
 
 def summarize(results: dict, group: str, mean_name: str) -> dict:
     """lm-eval's results as a record's: figures and flags a task, and the group's mean centered score.
 
     Returns:
-        `{mean_name: mean or None, "tasks": {name: {accuracy, stderr, centered, baseline, num_items, correct}},
-        "missing": names}`; a task whose data was missing is not in `tasks`, and the mean is then None.
+        `{mean_name: mean or None, mean_name_stderr: its standard error, "tasks": {name: {accuracy, stderr, centered,
+        baseline, num_items, correct}}, "missing": names}`; a task whose data was missing is not in `tasks`, and the
+        mean is then None, as it is where there are no results.
     """
-    tasks, missing = {}, []
-    for name, samples in results["samples"].items():
+    tasks, missing, errors = {}, [], []
+    for name, samples in results.get("samples", {}).items():
         figures = results["results"][name]
         if math.isnan(figures["acc,none"]):
             missing.append(figures["alias"])
             continue
-        stderr = figures["acc_stderr,none"]
+        stderr, centered_stderr = figures["acc_stderr,none"], figures["centered_stderr,none"]
+        errors.append(math.nan if centered_stderr == "N/A" else centered_stderr)
         tasks[name] = {
             "accuracy": figures["acc,none"],
             "stderr": None if stderr == "N/A" else stderr,
@@ -149,7 +173,9 @@ def summarize(results: dict, group: str, mean_name: str) -> dict:
             "correct": [int(sample["acc"]) for sample in sorted(samples, key=lambda sample: sample["doc_id"])],
         }
     mean = results.get("groups", {}).get(group, {}).get("centered,none")
-    return {mean_name: None if missing else mean, "tasks": tasks, "missing": missing}
+    if missing or mean is None:
+        return {mean_name: None, f"{mean_name}_stderr": None, "tasks": tasks, "missing": missing}
+    return {mean_name: mean, f"{mean_name}_stderr": error_of_mean(errors), "tasks": tasks, "missing": missing}
 
 
 def _table(name: str, results: dict) -> str:
@@ -164,5 +190,6 @@ def _table(name: str, results: dict) -> str:
     if mean is None:
         lines.append(f"mean centered score: not whole, missing {', '.join(results['missing'])}")
     else:
-        lines.append(f"{'mean centered score':<63}{mean:>10.4f}")
+        stderr = results.get("core_stderr", results.get("chatcore_stderr"))
+        lines.append(f"{'mean centered score':<54}{stderr:>9.4f}{mean:>10.4f}")
     return "\n".join(lines)

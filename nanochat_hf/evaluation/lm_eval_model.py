@@ -35,7 +35,8 @@ class NanoChatHFLM(HFLM):
     Args:
         pretrained: folder, Hub id or a loaded model (then `tokenizer` is needed).
         max_batch_tokens: tokens of one forward when scoring, padding included; None chooses by device.
-        max_length: longer prompts lose tokens on the left; None = the model's own limit.
+        max_length: longer prompts lose tokens on the left; None = the model's own limit. As in nanochat, a prompt
+            and what is scored of it are together so long; lm-eval's hf model keeps one token more.
         max_batch_size: rows that generate together.
 
     The other arguments are those of lm-eval's `HFLM`; `batch_size` has no effect.
@@ -90,12 +91,20 @@ class NanoChatHFLM(HFLM):
                 stops, sampling = settings.pop("until", None) or [], self._sampling(settings)
                 contexts = [requests[index].args[0] for index in indices]
                 ids = self._encode_texts(set(contexts))
-                room = self.max_length - sampling["max_new_tokens"]
+                room, seed = self.max_length - sampling["max_new_tokens"], sampling.pop("seed", 0)
+                if room <= 0:
+                    raise ValueError(
+                        f"max_gen_toks={sampling['max_new_tokens']} leaves no room for a prompt in the model's "
+                        f"{self.max_length} tokens: give --gen_kwargs max_gen_toks=N with a smaller N"
+                    )
                 # Windows of whole batches: what is done is in lm-eval's cache before the next one starts.
                 for start in range(0, len(indices), self.max_batch_size):
                     window = range(start, min(start + self.max_batch_size, len(indices)))
                     prompts = [ids[contexts[i]][-room:] for i in window]
-                    completions = generate_completions(self.model, self.tokenizer, prompts, **sampling)
+                    # A window's own seed: with the same one, each would draw the samples of the first again.
+                    completions = generate_completions(
+                        self.model, self.tokenizer, prompts, seed=seed + start, **sampling
+                    )
                     for i, completion in zip(window, completions, strict=True):
                         text = self._text(completion, stops)
                         texts[indices[i]] = text

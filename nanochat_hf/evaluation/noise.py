@@ -36,6 +36,16 @@ def standard_error(values: Sequence[float]) -> float:
     return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
 
 
+def error_of_share(share: float, num_items: int) -> float:
+    """The same of `num_items` flags of which this share is 1."""
+    return math.sqrt(share * (1 - share) / (num_items - 1)) if num_items > 1 else math.nan
+
+
+def error_of_mean(errors: Sequence[float]) -> float:
+    """Standard error of the mean of independent scores, e.g. of a group's tasks, from their own standard errors."""
+    return math.hypot(*errors) / len(errors)
+
+
 def paired_difference(before: Sequence[float], after: Sequence[float]) -> Difference:
     """`after` less `before`, item by item; of right/wrong flags the p-value is exact, else that of a normal mean."""
     changes = [b - a for a, b in zip(before, after, strict=True)]
@@ -57,7 +67,7 @@ def mean_difference(differences: Sequence[Difference], scales: Sequence[float]) 
     """The mean of independent differences, each times its scale, e.g. of the tasks of a group."""
     values = [scale * difference.value for scale, difference in zip(scales, differences, strict=True)]
     errors = [scale * difference.stderr for scale, difference in zip(scales, differences, strict=True)]
-    value, stderr = sum(values) / len(values), math.hypot(*errors) / len(errors)
+    value, stderr = sum(values) / len(values), error_of_mean(errors)
     return Difference(value, stderr, normal_test(value, stderr), all(d.is_paired for d in differences))
 
 

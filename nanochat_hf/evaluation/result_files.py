@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .json_lines import read_json_lines
+
 ADVICE = "give a results file of lm-eval's (--output_path DIR --log_samples), its folder, a run's folder or eval/*.json"
 
 
@@ -81,8 +83,7 @@ def _add_file(scores: ModelScores, path: Path) -> None:
         raise ValueError(f"{path} is no results file of lm-eval's: it has no `results` and `configs`; {ADVICE}")
     groups = content.get("groups", {})
     for name, figures in content["results"].items():
-        if name not in groups and (task := _task(content, name, figures)) is not None:
-            task.items = _items(content, path, name, task.metric)
+        if name not in groups and (task := _task(content, path, name, figures)) is not None:
             scores.tasks[name] = task
     for name, figures in groups.items():
         mean = figures.get("centered,none")
@@ -90,7 +91,7 @@ def _add_file(scores: ModelScores, path: Path) -> None:
             scores.groups[name] = (mean, content.get("group_subtasks", {}).get(name, []))
 
 
-def _task(content: dict, name: str, figures: dict) -> TaskScore | None:
+def _task(content: dict, path: Path, name: str, figures: dict) -> TaskScore | None:
     """The task's first metric (accuracy before others); None for a task without a score, e.g. for want of data."""
     keys = [key for key, value in figures.items() if "," in key and isinstance(value, (int, float))]
     keys = [key for key in sorted(keys, key=lambda key: key != "acc,none") if "_stderr," not in key]
@@ -100,20 +101,25 @@ def _task(content: dict, name: str, figures: dict) -> TaskScore | None:
     stderr = figures.get(f"{metric}_stderr,{kind}")
     num_items = content.get("n-samples", {}).get(name, {}).get("effective") or figures.get("sample_len", 0)
     baseline = (content["configs"].get(name, {}).get("metadata") or {}).get("baseline")
-    return TaskScore(metric, figures[keys[0]], stderr if isinstance(stderr, float) else math.nan, num_items, baseline)
+    stderr = stderr if isinstance(stderr, float) else math.nan
+    items = _items(content, path, name, metric, kind)
+    return TaskScore(metric, figures[keys[0]], stderr, num_items, baseline, items)
 
 
-def _items(content: dict, path: Path, name: str, metric: str) -> dict[str, float]:
-    """Scores of the single items: of the record itself, else of lm-eval's samples beside the file."""
+def _items(content: dict, path: Path, name: str, metric: str, kind: str) -> dict[str, float]:
+    """Scores of the single items: of the record itself, else of lm-eval's samples beside the file.
+
+    lm-eval has a sample for each of a task's filters, `kind` the one that counts, and for metrics of a whole task
+    (perplexity, F1) no number an item: then there is nothing to pair.
+    """
     recorded = content.get("summary", {}).get("tasks", {}).get(name, {}).get("correct")
     if recorded is not None:
         return {str(index): flag for index, flag in enumerate(recorded)}
-    date = path.stem.partition("_")[2]
+    date = path.stem.rpartition("_")[2]
     samples = path.with_name(f"samples_{name}_{date}.jsonl")
     if not samples.is_file():
         return {}
-    items = {}
-    for line in samples.read_text(encoding="utf-8").splitlines():
-        sample = json.loads(line)
-        items[str(sample["doc_id"])] = float(sample[metric])
-    return items
+    kept = [sample for _, sample in read_json_lines(samples) if sample.get("filter", kind) == kind]
+    if not all(isinstance(sample.get(metric), (int, float)) for sample in kept):
+        return {}
+    return {str(sample["doc_id"]): float(sample[metric]) for sample in kept}

@@ -4,6 +4,8 @@ lm-eval's `ConfigurableTask` renders prompts by Jinja and draws shots its own wa
 when it does neither. What remains of `Task` is what the rest of lm-eval calls: documents, requests, scores.
 """
 
+import hashlib
+import json
 import logging
 import os
 from functools import lru_cache
@@ -58,11 +60,9 @@ class RowTask(Task):
             logger.warning("%s: no %s; it is left out, and the group's score reads nan", config["task"], error.name)
             self.missing = error.name
             config["task_alias"] = f"{config['task']} (no {error.name})"
-            rows = [{}]
-        shown = {
-            key: self.own[key] for key in ("baseline", *self.own_keys) if isinstance(self.own.get(key), (str, float))
-        }
-        config["metadata"] = self.metadata | shown
+            rows = [{}] * int(os.environ.get("WORLD_SIZE", "1"))  # lm-eval wants a document in every process
+        plain = {key: value for key, value in self.own.items() if isinstance(value, (str, int, float))}
+        config["metadata"] = self.metadata | {key: plain[key] for key in ("baseline", *self.own_keys) if key in plain}
         self._config = TaskConfig(**{"output_type": self.OUTPUT_TYPE, **config})
         self._docs = [{"index": index, **row} for index, row in enumerate(rows)]
         self._instances = None
@@ -90,10 +90,31 @@ class RowTask(Task):
         """The item's accuracy, 0 to 1, from the answers to its requests."""
         raise NotImplementedError
 
-    def build_all_requests(self, **kwargs) -> None:
-        """As in lm-eval, without its progress bar: one a task, and the work is over in a moment."""
+    def build_all_requests(
+        self, *, limit: int | None = None, world_size: int = 1, tokenizer_name: str = "", **kwargs
+    ) -> None:
+        """As in lm-eval, without its progress bar: one a task, and the work is over in a moment.
+
+        Raises:
+            ValueError: fewer items than processes; said by all of them, so that none waits for another.
+        """
+        num_items = min(limit or len(self._docs), len(self._docs))
+        if num_items < world_size:
+            raise ValueError(
+                f"{self.config.task}: {world_size} processes have {num_items} items to share; start at most "
+                f"{num_items}, or give a larger --limit"
+            )
+        if kwargs.get("cache_requests"):
+            tokenizer_name += self._digest()
         with mock.patch("lm_eval.api.task.tqdm", lambda documents, **_: documents):
-            super().build_all_requests(**kwargs)
+            super().build_all_requests(limit=limit, world_size=world_size, tokenizer_name=tokenizer_name, **kwargs)
+
+    def _digest(self) -> str:
+        """What requests depend on; lm-eval's cache of requests knows no more than the names of task and tokenizer."""
+        keys = ("pretrained", "tokenizer", "revision", "add_bos_token", "num_samples")
+        settings = [self.config.generation_kwargs, self.missing, *map(self.metadata.get, keys)]
+        content = json.dumps([settings, self._docs], sort_keys=True, default=str)
+        return "-" + hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def construct_requests(self, doc: dict, ctx, metadata: tuple = (None, None, None), **kwargs) -> list[Instance]:
         """The item's requests as lm-eval's instances."""

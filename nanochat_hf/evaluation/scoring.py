@@ -58,7 +58,8 @@ def score_continuations(
     Args:
         model: any causal language model of transformers.
         requests: (context ids, continuation ids), neither empty.
-        max_length: tokens the model takes; longer inputs lose tokens on the left. None: no limit.
+        max_length: tokens of context and continuation together, as in nanochat; longer ones lose tokens on the left.
+            None: no limit.
         max_batch_tokens: tokens of one forward, padding included; by default 1,024 on a CPU, else 65,536.
         on_scored: called with (request index, answer) as soon as an answer is there.
 
@@ -66,7 +67,7 @@ def score_continuations(
         A (log-likelihood in nats, whether each token is the argmax) pair a request, in order.
 
     Raises:
-        ValueError: an empty context or continuation, or a continuation longer than max_length.
+        ValueError: an empty context or continuation, or one that leaves no token of its context in max_length.
     """
     if max_batch_tokens is None:
         # A long context fills a CPU by itself, and one row needs no padding mask, which would double attention's work.
@@ -91,11 +92,13 @@ def _families(requests: Sequence[tuple[list[int], list[int]]], max_length: int |
     for index, (context, continuation) in enumerate(requests):
         if not context or not continuation:
             raise ValueError(f"request {index}: context and continuation both need at least one token")
-        if max_length is not None and len(continuation) > max_length:
-            raise ValueError(f"request {index}: its {len(continuation)} tokens to score exceed max_length={max_length}")
+        if max_length is not None and len(continuation) >= max_length:
+            raise ValueError(
+                f"request {index}: its {len(continuation)} tokens to score leave no context in max_length={max_length}"
+            )
         tokens = [*context, *continuation[:-1]]
-        if max_length is not None and len(tokens) > max_length:
-            families.append(_Family([], [_Row(tokens[-max_length:], [(index, continuation)])]))
+        if max_length is not None and len(tokens) >= max_length:
+            families.append(_Family([], [_Row(tokens[1 - max_length :], [(index, continuation)])]))
             continue
         rows = by_context.setdefault(tuple(context), {})
         rows.setdefault(tuple(continuation[:-1]), _Row(tokens, [])).targets.append((index, continuation))

@@ -65,31 +65,48 @@ def model_card(run_dir: Path, stage: str, stages: list[str], repo_id: str, metri
 
 
 def evaluation_results(metrics: dict) -> list[EvalResult]:
-    """Scores for the Hub's widget; only what was measured."""
+    """Scores for the Hub's widget, each with how many items it is of; only what was measured.
+
+    A mean of the embedded mini tasks alone is no CORE and no ChatCORE: it is named `core_mini`, `chatcore_mini`.
+
+    Raises:
+        ValueError: figures of an older report, without the numbers of items.
+    """
     found = []
-    for group, metric in (("core", "CORE, centered"), ("chatcore", "accuracy")):
-        for task, value in metrics.get(group, {}).items():
-            is_score = isinstance(value, float) and task not in ("seconds", "peak_memory_mib")
-            if is_score:
-                found.append(
-                    EvalResult(
-                        task_type="text-generation",
-                        dataset_type=task,
-                        dataset_name=task,
-                        metric_type="centered_accuracy" if group == "core" or task == "chatcore" else "accuracy",
-                        metric_name=metric,
-                        metric_value=round(value, 4),
-                    )
-                )
+    for group in ("core", "chatcore"):
+        figures = metrics.get(group, {})
+        if figures and "num_items" not in figures:
+            raise ValueError("metrics.json does not say how many items a score is of; build the report again")
+        num_items = figures.get("num_items", {})
+        real = [task for task in num_items if not task.startswith(f"{group}_mini_")]
+        if figures.get(group) is not None:
+            name = group if real else f"{group}_mini"
+            total = sum(num_items[task] for task in real or num_items)
+            found.append(_result(name, figures[group], "mean centered accuracy", total, figures.get(f"{group}_stderr")))
+        metric = "centered accuracy" if group == "core" else "accuracy"
+        found += [_result(task, figures[task], metric, num_items[task]) for task in num_items]
     return found
+
+
+def _result(name: str, value: float, metric: str, num_items: int, stderr: float | None = None) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=name,
+        dataset_name=name,
+        dataset_args={"num_items": num_items} | ({} if stderr is None else {"stderr": round(stderr, 4)}),
+        metric_type=metric.replace(" ", "_"),
+        metric_name=metric,
+        metric_value=round(value, 4),
+    )
 
 
 def results_text(metrics: dict) -> str:
     """The scores as a list; a line that says so where nothing was measured."""
-    lines = [
-        f"- {result.dataset_name}: {result.metric_value:.4f} ({result.metric_name})"
-        for result in evaluation_results(metrics)
-    ]
+    lines = []
+    for result in evaluation_results(metrics):
+        error = f" ± {result.dataset_args['stderr']:.4f}" if "stderr" in result.dataset_args else ""
+        items = f"{result.dataset_args['num_items']} items"
+        lines.append(f"- {result.dataset_name}: {result.metric_value:.4f}{error} ({result.metric_name}, {items})")
     if (bpb := metrics.get("base", {}).get("val_bpb")) is not None:
         lines.insert(0, f"- base model, validation: {bpb:.4f} bits per byte")
     return "\n".join(lines) or "This run was not evaluated."

@@ -7,7 +7,6 @@ results are those of nanochat's training report, with its published d20 figures 
     python scripts/report.py --run_dir runs/tiny
 """
 
-import math
 import time
 
 from ..configs import ReportConfig
@@ -39,7 +38,7 @@ def build_report(config: ReportConfig) -> None:
     text = render(records, metrics, environment, plots, config.hourly_rate, now)
     (records.run_dir / "report.md").write_text(text, encoding="utf-8")
     (records.run_dir / "report.html").write_text(report_page(text, records.run_dir), encoding="utf-8")
-    write_json(records.run_dir / "metrics.json", without_nan(metrics))
+    write_json(records.run_dir / "metrics.json", metrics)
     print(summary_table(records, metrics))
     for answer in records.results("samples").get("answers", []):
         print(f"\n> {answer['question']}\n{answer['answer']}")
@@ -86,10 +85,3 @@ def render(
         f"Total wall clock time: {duration(metrics['total_seconds'])}",
     ]
     return "\n\n\n".join(parts) + "\n"
-
-
-def without_nan(value):
-    """JSON knows no nan: a figure that is none becomes null."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

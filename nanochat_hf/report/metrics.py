@@ -2,7 +2,7 @@
 
 import math
 
-from ..evaluation.noise import sign_test
+from ..evaluation.noise import error_of_share, sign_test
 from .run_records import RunRecords
 
 # What metrics.json names -> the chatcore task it comes from.
@@ -17,8 +17,9 @@ CHAT_STAGES = ("mid", "sft", "rl")
 def build_metrics(records: RunRecords, total_seconds: float) -> dict:
     """All figures of a run: each stage's results with `seconds` and `peak_memory_mib`, and `total_seconds`.
 
-    `core` and `chatcore` hold their mean and one score a task (centered for CORE, accuracy for ChatCORE, there of the
-    last stage that was evaluated); `sft` and `rl` hold the accuracies of their own chat evaluation.
+    `core` and `chatcore` hold their mean with its standard error and one score a task (centered for CORE, accuracy for
+    ChatCORE, there of the last stage that was evaluated), and `num_items`, a number a task; `sft` and `rl` hold the
+    accuracies of their own chat evaluation.
     """
     metrics: dict = {}
     for name in ("tokenizer", "base", "mid", "sft", "rl"):
@@ -33,14 +34,21 @@ def build_metrics(records: RunRecords, total_seconds: float) -> dict:
         metrics["rl"]["paired_test_sft_to_rl"] = paired
     if "core" in records:
         centered = {name: task["centered"] for name, task in tasks_of(records, "core").items()}
-        metrics["core"] = {"core": records.results("core").get("core")} | centered | records.cost("core")
+        metrics["core"] = mean_of(records, "core", "core") | centered | records.cost("core")
     evaluated = [stage for stage in CHAT_STAGES if f"chatcore_{stage}" in records]
     if evaluated:
         name = f"chatcore_{evaluated[-1]}"
         accuracy = {task: figures["accuracy"] for task, figures in tasks_of(records, name).items()}
-        mean = {"chatcore": records.results(name).get("chatcore")}
+        mean = mean_of(records, name, "chatcore")
         metrics["chatcore"] = mean | accuracy | {"stage": evaluated[-1]} | records.cost(name)
     return metrics | {"total_seconds": total_seconds}
+
+
+def mean_of(records: RunRecords, name: str, group: str) -> dict:
+    """The mean centered score of a record, its standard error, and how many items each task had."""
+    results, keys = records.results(name), (group, f"{group}_stderr")
+    num_items = {task: figures.get("num_items") for task, figures in tasks_of(records, name).items()}
+    return {key: results.get(key) for key in keys} | {"num_items": num_items}
 
 
 def scalars(results: dict) -> dict:
@@ -66,14 +74,9 @@ def chat_accuracies(records: RunRecords, stage: str) -> dict:
     for key, kind in CHAT_ACCURACIES.items():
         if task := find_task(records, f"chatcore_{stage}", kind):
             figures[key] = task["accuracy"]
-            figures[key.replace("_accuracy", "_stderr")] = standard_error(task["accuracy"], task["num_items"])
+            figures[key.replace("_accuracy", "_stderr")] = error_of_share(task["accuracy"], task["num_items"])
             figures["num_" + key.replace("_accuracy", "_problems")] = task["num_items"]
     return figures | {"chatcore": records.results(f"chatcore_{stage}").get("chatcore")}
-
-
-def standard_error(accuracy: float, num_items: int) -> float:
-    """Standard error of a share of `num_items` right answers."""
-    return math.sqrt(accuracy * (1 - accuracy) / num_items) if num_items else math.nan
 
 
 def compare_arithmetic(records: RunRecords, before: str, after: str) -> dict | None:
@@ -113,6 +116,6 @@ def compare_arithmetic(records: RunRecords, before: str, after: str) -> dict | N
 
 def paired_standard_error(losses: int, wins: int, num_problems: int) -> float:
     """Standard error of the mean difference (wins - losses) / num_problems of the same problems scored twice."""
-    if not num_problems:
+    if num_problems < 2:
         return math.nan
-    return math.sqrt(losses + wins - (wins - losses) ** 2 / num_problems) / num_problems
+    return math.sqrt((losses + wins - (wins - losses) ** 2 / num_problems) / (num_problems - 1) / num_problems)

@@ -7,9 +7,10 @@ names, as recipe and command line gave them; results the table below does not kn
 import time
 from collections.abc import Callable
 
+from ..evaluation.noise import error_of_share
 from ..tokenizer_evaluation import evaluation_tables
 from .formatting import bullets, duration, flatten, mebibytes, number, percent, quote, table
-from .metrics import standard_error, tasks_of
+from .metrics import tasks_of
 from .published import CORE as PUBLISHED_CORE
 from .published import NAME as PUBLISHED_NAME
 from .run_records import RunRecords
@@ -148,11 +149,12 @@ def base_evaluation(records: RunRecords) -> str:
     title = "Base model evaluation"
     if "core" not in records:
         return not_run(title)
-    rows = [["CORE metric", number(records.results("core").get("core")), "-", "-", "-", "-"]]
+    mean, stderr = (records.results("core").get(key) for key in ("core", "core_stderr"))
+    rows = [["CORE metric", number(mean), "-", number(stderr), "-", "-"]]
     for name, task in tasks_of(records, "core").items():
         published = PUBLISHED_CORE.get(name.removeprefix("core_"))
         accuracy, items = task.get("accuracy"), task.get("num_items")
-        error = number(standard_error(accuracy, items)) if items else "-"
+        error = number(error_of_share(accuracy, items)) if items else "-"
         rows.append([name, number(task["centered"]), number(accuracy), error, number(items), number(published)])
     header = ["Task", "Centered", "Accuracy", "Standard error", "Items", f"{PUBLISHED_NAME}, centered"]
     parts = [heading(records, title, "core"), settings(records, "core"), table(header, rows)]
@@ -172,9 +174,10 @@ def chat_evaluation(records: RunRecords, stage: str) -> str:
     rows = []
     for task, figures in tasks_of(records, name).items():
         accuracy, items = figures["accuracy"], figures.get("num_items")
-        error = number(standard_error(accuracy, items)) if items else "-"
+        error = number(error_of_share(accuracy, items)) if items else "-"
         rows.append([task, number(accuracy), error, number(figures.get("centered")), number(items)])
-    rows.append(["ChatCORE metric", "-", "-", number(records.results(name).get("chatcore")), "-"])
+    mean, stderr = (records.results(name).get(key) for key in ("chatcore", "chatcore_stderr"))
+    rows.append(["ChatCORE metric", "-", number(stderr), number(mean), "-"])
     header = ["Task", "Accuracy", "Standard error", "Centered", "Problems"]
     return "\n\n".join([heading(records, title, name), settings(records, name), table(header, rows)])
 
