@@ -53,7 +53,7 @@ class Stage:
             if any((self.run_dir / "checkpoints" / name).glob("*")):
                 hint = f" To go on from its checkpoints all the same, delete {self.started_path}."
                 self._refuse_other_recipe(json.loads(self.started_path.read_text()), hint)
-        elif (self.run_dir / name).is_dir():
+        elif name in STAGES and (self.run_dir / name).is_dir():
             raise ValueError(
                 f"{self.run_dir / name} is there already, and no stage of this run has written it: move it away, or "
                 f"choose another folder (--output_dir)"
