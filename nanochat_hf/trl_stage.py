@@ -201,7 +201,8 @@ def train_stage(trainer, stage: Stage, figure: str, *callbacks: TrainerCallback)
         callbacks: more of them, called after the curve's own.
 
     Returns:
-        What every record has: steps, tokens, and this session's seconds (of steps alone) and tokens a second.
+        What every record has: steps, tokens, this session's seconds (of steps alone) and tokens a second, processes,
+        precision, and the learning rate of each optimizer group.
     """
     curve = CurveCallback(stage, figure)
     for printing in (ProgressCallback, PrinterCallback):  # they would print every log line
