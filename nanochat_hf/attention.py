@@ -131,4 +131,4 @@ def block_attention(query, key, value, scaling: float, window: int) -> torch.Ten
     sees = ((place >= 0 if window > 1 else place >= left) & (place <= left)).expand(num_blocks, -1, -1).clone()
     sees[0, :, :left] = False  # before the first block there is only padding
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=sees, scale=scaling)
-    return out.view(batch, heads, -1, head_dim)[:, :, :time]
+    return out.reshape(batch, heads, -1, head_dim)[:, :, :time]

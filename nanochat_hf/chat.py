@@ -10,6 +10,7 @@ user types are ordinary text.
 """
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -71,11 +72,12 @@ class ChatSession:
         answer = AnswerStream(self.tokenizer, self.turn)
         intact = False  # whether the cache is whole: not when an interrupt hits the model between two layers
         try:
-            for _ in decode([row], self.model, sampling, uniforms, num_tokens, cache):
-                for event in answer.feed(row.completion.token_ids[-1]):
-                    intact = True
-                    yield event
-                    intact = False
+            with closing(decode([row], self.model, sampling, uniforms, num_tokens, cache)) as steps:
+                for _ in steps:
+                    for event in answer.feed(row.completion.token_ids[-1]):
+                        intact = True
+                        yield event
+                        intact = False
             intact = True
             yield from answer.close()
         finally:

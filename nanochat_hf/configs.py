@@ -218,12 +218,14 @@ class PretrainBenchmarkConfig:
     sequence_length: int = field(default=512, metadata={"help": "tokens of a row, T"})
     head_dim: int = field(default=64, metadata={"help": "width of an attention head"})
     window_pattern: str = field(default="L", metadata={"help": "letters S and L tiled over the layers"})
-    device_batch_size: int = field(default=16, metadata={"help": "rows of a step"})
+    device_batch_size: int = field(default=16, metadata={"help": "rows of a batch"})
+    num_batches: int = field(default=1, metadata={"help": "batches of a step, their gradients added up"})
+    sides: list[str] = field(
+        default_factory=lambda: ["plain", "bare", "eager", "compiled"],
+        metadata={"help": "what to measure: plain, bare, eager, compiled, fp8 (H100 and newer)"},
+    )
     steps: int = field(default=2, metadata={"help": "steps of one side's turn"})
     rounds: int = field(default=3, metadata={"help": "turns of each side; the median counts"})
-    plain: bool = field(default=True, metadata={"help": "measure the plain eager fp32 loop, too"})
-    compile: bool = field(default=True, metadata={"help": "measure the compiled step, too"})
-    fp8: bool = field(default=False, metadata={"help": "measure the compiled step in fp8, too (H100 and newer)"})
     output: str | None = field(default=None, metadata={"help": "JSON file to write"})
 
 

@@ -9,6 +9,8 @@ cache is the one its forward pass fills and goes on using.
     logits = step(ids, positions, cache, mask)
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -73,6 +75,7 @@ class DecodeStep:
             for i in range(config.num_hidden_layers)
         ]
         self.layers = [self._layer_weights(layer) for layer in backbone.layers]
+        self.windows = [layer.self_attn.sliding_window for layer in backbone.layers]
 
     def _layer_weights(self, layer: nn.Module) -> tuple[torch.Tensor, ...]:
         """q, k, v and value gate as one matrix (out, D); o, fc1 and fc2 as (in, out)."""
@@ -95,18 +98,30 @@ class DecodeStep:
             cache: what the model has read; the new token is added.
             mask: (B, seen + 1) with 0 at padding, or None.
         """
-        with torch.autocast(ids.device.type, enabled=False):
-            return self._step(ids, positions, cache, mask)
+        if mask is not None:
+            mask = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill_(mask == 0, float("-inf"))
+            mask = mask[:, None, None]
 
-    def _step(self, ids, positions, cache, mask) -> torch.Tensor:
+        def mask_of(layer: int, num_keys: int) -> torch.Tensor | None:
+            if mask is None or num_keys == mask.shape[-1]:
+                return mask
+            return mask[..., -num_keys:].clone()  # CUDA's kernel reads 16 bytes at a time, from a multiple of 16
+
+        with torch.autocast(ids.device.type, enabled=False):
+            return self.compute(ids, positions, cache, mask_of)
+
+    def compute(self, ids, positions, cache, mask_of: Callable[[int, int], torch.Tensor | None]) -> torch.Tensor:
+        """A call without its preparations.
+
+        Args:
+            cache: has `update` and `update_conv_state`.
+            mask_of: of a layer and its number of keys; what is added to the scores, (B, 1, 1, keys), or None.
+        """
         batch, head_dim = len(ids), self.head_dim
         num_qk = self.num_heads + self.num_kv_heads
         qk_width, kv_width = num_qk * head_dim, self.num_kv_heads * head_dim
         angles = positions[:, None, None] * self.frequencies  # (B, 1, d)
         cos, sin = angles.cos().to(self.dtype), angles.sin().mul_(self.signs).to(self.dtype)
-        if mask is not None:
-            mask = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill_(mask == 0, float("-inf"))
-            mask = mask[:, None, None]
         x = self._norm(F.embedding(ids, self.embedding).to(self.dtype))  # (B, D)
         if self.smear_gate is not None:
             states = cache.update_conv_state(x[:, :, None], self.num_layers - 1, conv_kernel_size=1)
@@ -133,7 +148,7 @@ class DecodeStep:
                 qk[:, : self.num_heads],
                 k,
                 v,
-                attn_mask=None if mask is None else mask[..., -k.shape[2] :],
+                attn_mask=mask_of(i, k.shape[2]),
                 enable_gqa=self.num_heads != self.num_kv_heads,
             )
             x = torch.addmm(x, attended.view(batch, -1), out)

@@ -17,6 +17,7 @@ import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import calculator
+from .decode_graph import GraphStep
 from .decode_step import DecodeStep, can_step
 from .kv_cache import growing_cache, select_rows
 from .sampling import Sampling, pick_tokens, row_uniforms
@@ -191,39 +192,48 @@ def decode(
     lengths = torch.tensor([len(row.prompt) for row in rows], device=device)
     seen = _seen_tokens(rows, logits) if sampling.repetition_penalty != 1.0 else None
     only_order_matters = not (sampling.temperature or with_logprobs or seen is not None)
-    fast_step = None
+    fast_step = graph = None
 
-    for step in range(max_new_tokens):
-        draws = None if uniforms is None else uniforms[:, step]
-        picked, logprobs = pick_tokens(logits, draws, sampling, seen, with_logprobs)
-        logprobs = [0.0] * len(rows) if logprobs is None else logprobs.tolist()
-        tokens = [
-            token if row.completion.finished else row.take(token, logprob)
-            for row, token, logprob in zip(rows, picked.tolist(), logprobs, strict=True)
-        ]
-        yield
-        going = [i for i, row in enumerate(rows) if not row.completion.finished]
-        if not going or step + 1 == max_new_tokens:
-            return
-        next_ids = torch.tensor(tokens, device=device)
-        # Copying the cache costs about as much as a step: rows leave a quarter of the batch at a time.
-        if len(going) <= 0.75 * len(rows):
-            kept = torch.tensor(going, device=device)
-            select_rows(cache, kept)
-            rows, next_ids, lengths = [rows[i] for i in going], next_ids[kept], lengths[kept]
-            uniforms = None if uniforms is None else uniforms[kept]
-            mask = None if mask is None else mask[kept]
-            seen = None if seen is None else seen[kept]
-        if seen is not None:
-            seen.scatter_(1, next_ids[:, None], True)
-        if mask is not None:
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        if step == 0 and can_step(model):
-            fast_step = DecodeStep(model, with_softcap=not only_order_matters)
-        if fast_step is not None:
-            logits = fast_step(next_ids, lengths + step, cache, mask)
-        else:
-            logits = _forward(model, next_ids[:, None], mask, (lengths + step)[:, None], cache)
+    try:
+        for step in range(max_new_tokens):
+            draws = None if uniforms is None else uniforms[:, step]
+            picked, logprobs = pick_tokens(logits, draws, sampling, seen, with_logprobs)
+            logprobs = [0.0] * len(rows) if logprobs is None else logprobs.tolist()
+            tokens = [
+                token if row.completion.finished else row.take(token, logprob)
+                for row, token, logprob in zip(rows, picked.tolist(), logprobs, strict=True)
+            ]
+            yield
+            going = [i for i, row in enumerate(rows) if not row.completion.finished]
+            if not going or step + 1 == max_new_tokens:
+                return
+            next_ids = torch.tensor(tokens, device=device)
+            # Copying the cache costs about as much as a step: rows leave a quarter of the batch at a time.
+            if len(going) <= 0.75 * len(rows):
+                if graph is not None:
+                    graph.store()
+                kept = torch.tensor(going, device=device)
+                select_rows(cache, kept)
+                rows, next_ids, lengths = [rows[i] for i in going], next_ids[kept], lengths[kept]
+                uniforms = None if uniforms is None else uniforms[kept]
+                mask = None if mask is None else mask[kept]
+                seen = None if seen is None else seen[kept]
+            if seen is not None:
+                seen.scatter_(1, next_ids[:, None], True)
+            if mask is not None:
+                mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            if step == 0 and can_step(model):
+                fast_step = DecodeStep(model, with_softcap=not only_order_matters)
+                graph = GraphStep(fast_step, cache) if device.type == "cuda" else None
+            if graph is not None:
+                logits = graph(next_ids, lengths + step, mask)
+            elif fast_step is not None:
+                logits = fast_step(next_ids, lengths + step, cache, mask)
+            else:
+                logits = _forward(model, next_ids[:, None], mask, (lengths + step)[:, None], cache)
+    finally:
+        if graph is not None:
+            graph.store()
 
 
 def _read_prompts(rows: list[Row], model: PreTrainedModel, cache: Cache) -> tuple[torch.Tensor, torch.Tensor | None]:

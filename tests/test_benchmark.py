@@ -15,7 +15,9 @@ SMALL = "--depth 2 --vocab_size 256 --sequence_length 64 --device_batch_size 2 -
 
 def test_pretrain_sides_do_the_same_work(tmp_path, capsys):
     output = tmp_path / "out.json"
-    benchmark(["pretrain", *SMALL.split(), "--no_compile", "--output", str(output)])
+    benchmark(
+        ["pretrain", *SMALL.split(), "--num_batches", "2", "--sides", "plain", "bare", "eager", "--output", str(output)]
+    )
     figures = json.loads(output.read_text())
     assert set(figures["sides"]) == {"plain", "bare", "eager"} and figures["speedup"] is None
     assert figures["loss_difference"] <= 0.05
@@ -41,6 +43,7 @@ def test_decode_sides_write_the_same_tokens(tiny_model, tiny_tokenizer, tmp_path
         sides = figures["batches"][size]
         rates = [sides[side]["tokens_per_second"] for side in ("ours", "generate")]
         assert figures[f"speedup_batch_{size}"] == pytest.approx(rates[0] / rates[1])
+        assert sides["generate"]["tokens_equal"] and set(sides) == {"generate", "ours"}
         assert sides["ours"]["tokens_per_second_per_stream"] == pytest.approx(rates[0] / int(size))
         assert 0 < sides["ours"]["first_token_seconds"]
     assert "| 16 | ours |" in capsys.readouterr().out
@@ -70,7 +73,8 @@ def test_attention_backends_agree(capsys):
     shape = "--batch_size 1 --heads 2 --head_dim 32 --time 100 --window 33 --rounds 1"
     figures = benchmark(["attention", *shape.split()])
     assert [row["layer"] for row in figures["backends"]] == ["full", "window", "window"]
-    assert all(row["largest_difference"] < 1e-4 and row["seconds"] > 0 for row in figures["backends"])
+    rounding = {"torch.float32": 1e-4, "torch.bfloat16": 0.04}[figures["dtype"]]  # by what the machine computes in
+    assert all(row["largest_difference"] < rounding and row["seconds"] > 0 for row in figures["backends"])
     assert "| window | blocks |" in capsys.readouterr().out
 
 

@@ -7,9 +7,11 @@ Every side starts from the same weights and takes the same batches of random tok
 - eager, compiled: the step that `scripts/pretrain.py` takes, without and with torch.compile
 - fp8: the compiled step with the layers' matrices in fp8, on a GPU that has it, when asked for
 
+On a GPU the bare loop is compiled, as real runs are; on a CPU that comparison is worth no second compilation.
+
     python scripts/benchmark.py pretrain --depth 4 --output pretrain.json
     python scripts/benchmark.py pretrain --depth 20 --head_dim 128 --window_pattern SSSL --sequence_length 2048 \
-        --device_batch_size 32 --vocab_size 65536 --no_plain
+        --device_batch_size 32 --vocab_size 65536 --num_batches 8 --sides bare compiled
 """
 
 import gc
@@ -35,6 +37,7 @@ from .memory import PeakMemory
 CONFIG = PretrainBenchmarkConfig
 NUM_WARMUP_STEPS = 2
 MAX_LOSS_DIFFERENCE = 0.05  # nats: beyond, the sides do not do the same work
+SIDES = ("plain", "bare", "eager", "compiled", "fp8")
 PARTS = ("data", "forward", "backward", "optimizer")
 TakeStep = Callable[[Iterator[dict], int], float]
 
@@ -88,53 +91,50 @@ class Side:
         self.part_seconds["other"] = whole / num_steps - sum(self.part_seconds.values())
 
 
-def plain_step(model: torch.nn.Module, optimizer: MuonAdamW, schedule: Schedule) -> TakeStep:
-    """Eager fp32, whole logits."""
-
-    def take_step(batches: Iterator[dict], step: int) -> float:
-        schedule.apply(optimizer, step)
-        loss = model(**next(batches), use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    return take_step
-
-
-def bare_step(model: torch.nn.Module, optimizer: MuonAdamW, schedule: Schedule, should_compile: bool) -> TakeStep:
-    """What our step does, by torch alone."""
+def bare_step(
+    model: torch.nn.Module, optimizer: MuonAdamW, schedule: Schedule, num_batches: int, is_plain: bool
+) -> TakeStep:
+    """A loop by torch alone: what our step does, or `is_plain`, in eager fp32 with whole logits."""
     device = next(model.parameters()).device
-    forward = torch.compile(model) if should_compile else model
+    forward = torch.compile(model) if device.type == "cuda" and not is_plain else model
+    has_autocast = supports_bf16(device) and not is_plain
 
     def take_step(batches: Iterator[dict], step: int) -> float:
         schedule.apply(optimizer, step)
-        with torch.autocast(device.type, torch.bfloat16) if supports_bf16(device) else nullcontext():
-            loss = forward(**next(batches), use_cache=False, skip_logits=True).loss
-        loss.backward()
+        total = 0.0
+        for _ in range(num_batches):
+            with torch.autocast(device.type, torch.bfloat16) if has_autocast else nullcontext():
+                loss = forward(**next(batches), use_cache=False, skip_logits=not is_plain).loss / num_batches
+            loss.backward()
+            total += loss.detach()
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
+        return total.item()
 
     return take_step
 
 
 def run(config: PretrainBenchmarkConfig) -> tuple[dict, str]:
     """Measure all sides; returns the figures and their table."""
-    if config.steps < 1 or config.rounds < 1:
-        raise ValueError(f"steps={config.steps} and rounds={config.rounds} must be at least 1")
+    if min(config.steps, config.rounds, config.num_batches) < 1:
+        raise ValueError(
+            f"steps={config.steps}, rounds={config.rounds}, num_batches={config.num_batches} must be 1 or more"
+        )
+    if unknown := set(config.sides) - set(SIDES):
+        raise ValueError(f"sides are some of {', '.join(SIDES)}; got {', '.join(sorted(unknown))}")
     accelerator = make_accelerator()
     device = accelerator.device
-    tokens = config.device_batch_size * config.sequence_length
+    tokens = config.num_batches * config.device_batch_size * config.sequence_length
     num_steps = NUM_WARMUP_STEPS + config.steps * (config.rounds + 1)
     plan = ScalingPlan.from_depth(
         config.depth, config.vocab_size, config.sequence_length, architecture=config.architecture,
         head_dim=config.head_dim, window_pattern=config.window_pattern, total_batch_tokens=tokens, num_steps=num_steps,
     )  # fmt: skip
-    rows = torch.randint(config.vocab_size, (num_steps, config.device_batch_size, config.sequence_length + 1))
+    shape = num_steps * config.num_batches, config.device_batch_size, config.sequence_length + 1
+    rows = torch.randint(config.vocab_size, shape)
     batches = [{"input_ids": row[:, :-1].to(device), "shift_labels": row[:, 1:].to(device)} for row in rows]
 
-    def parts(is_plain: bool = False, fp8: bool = False) -> tuple[torch.nn.Module, MuonAdamW, Schedule]:
+    def take_step_of(side: str) -> TakeStep:
         torch.manual_seed(0)
         model = NanoChatHFForCausalLM(
             NanoChatHFConfig(
@@ -144,33 +144,26 @@ def run(config: PretrainBenchmarkConfig) -> tuple[dict, str]:
                 bos_token_id=0, eos_token_id=1, pad_token_id=0,
             )
         ).to(device)  # fmt: skip
+        is_plain = side == "plain"
         if not is_plain:
             use_row_attention(model)
-        if fp8:
+        if side == "fp8":
             convert_to_fp8(model, device)
         optimizer = build_optimizer(
             model, plan.lr_scale, weight_decay=plan.weight_decay, dtype=torch.float32 if is_plain else None,
             max_grad_norm=MAX_GRAD_NORM[config.architecture],
         )  # fmt: skip
-        return model, optimizer, Schedule(config.architecture, num_steps)
+        parts = model, optimizer, Schedule(config.architecture, num_steps), config.num_batches
+        if side in ("plain", "bare"):
+            return bare_step(*parts, is_plain)
+        return TrainingStep(accelerator, *parts, should_compile=side != "eager")
 
-    steps: dict[str, TakeStep] = {}
-    if config.plain:
-        steps["plain"] = plain_step(*parts(is_plain=True))
-    # On a GPU both loops are compiled, as in real runs; on a CPU the comparison is worth no second compilation.
-    bare_is_compiled = config.compile and device.type == "cuda"
-    steps["bare"] = bare_step(*parts(), bare_is_compiled)
-    steps["eager"] = TrainingStep(accelerator, *parts(), num_batches=1, should_compile=False)
-    if config.compile:
-        steps["compiled"] = TrainingStep(accelerator, *parts(), num_batches=1, should_compile=True)
-    if config.fp8:
-        steps["fp8"] = TrainingStep(accelerator, *parts(fp8=True), num_batches=1, should_compile=config.compile)
-    sides = {name: Side(step, batches, device) for name, step in steps.items()}
+    sides = {side: Side(take_step_of(side), batches, device) for side in SIDES if side in config.sides}
     measure(sides, config)
 
     figures = {name: side_figures(side, config.steps * tokens, plan) for name, side in sides.items()}
     speeds = {name: figure["tokens_per_second"] for name, figure in figures.items()}
-    ours = "compiled" if bare_is_compiled else "eager"
+    ours = "compiled" if device.type == "cuda" else "eager"
     results = {
         "speedup": ratio(speeds, "compiled", "plain"),
         "speedup_eager": ratio(speeds, "eager", "plain"),

@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, modeling_utils
 
 from ..kv_cache import select_rows
 
+HEADS_TAKE_MASKS = hasattr(modeling_utils, "slice_logits_to_keep")  # not yet in transformers 5.17
 MIN_SHARED_TOKENS = 8  # below this a second forward costs more than the shared tokens save
 MIN_PREFIX_TOKENS = 128  # the same where one row alone has the prefix, so that only its last layer is saved
 MAX_LOGITS = 2**27  # elements of one (scored positions, vocabulary) tensor; 512 MiB in fp32
@@ -159,7 +160,7 @@ def _single_logits(model: PreTrainedModel, batch: list[_Family]) -> torch.Tensor
     rows = [family.rows[0] for family in batch]
     ids, _ = _pad([row.tokens for row in rows], model.device, left=False)
     scored = _scored_positions(rows, ids.shape[1], model.device)
-    return model(input_ids=ids, use_cache=False, logits_to_keep=scored).logits
+    return _scored_logits(model, scored, input_ids=ids, use_cache=False)
 
 
 def _shared_logits(model: PreTrainedModel, batch: list[_Family]) -> torch.Tensor:
@@ -184,14 +185,23 @@ def _shared_logits(model: PreTrainedModel, batch: list[_Family]) -> torch.Tensor
     ids, real = _pad([row.tokens for row in rows], model.device, left=False)
     seen = mask.sum(1)[parents]
     scored = _scored_positions(rows, ids.shape[1], model.device)
-    return model(
+    return _scored_logits(
+        model,
+        scored,
         input_ids=ids,
         attention_mask=torch.cat([mask[parents], torch.ones_like(real)], dim=1).long() if padded else None,
         position_ids=seen[:, None] + torch.arange(ids.shape[1], device=model.device),
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=scored,
-    ).logits
+    )
+
+
+def _scored_logits(model: PreTrainedModel, scored: torch.Tensor, **inputs) -> torch.Tensor:
+    """Logits (scored positions, vocabulary), row after row."""
+    if HEADS_TAKE_MASKS or model.config.model_type == "nanochat_hf":
+        return model(logits_to_keep=scored, **inputs).logits
+    columns = scored.any(dim=0).nonzero()[:, 0]
+    return model(logits_to_keep=columns, **inputs).logits[scored[:, columns]]
 
 
 class _KeysRead(Exception):

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -99,8 +99,7 @@ class NanoChatHFAttention(nn.Module):
         super().__init__()
         self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = True
+        self.scaling, self.is_causal = self.head_dim**-0.5, True
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
         width, q_width = config.hidden_size, config.num_attention_heads * self.head_dim
         kv_width = config.num_key_value_heads * self.head_dim
@@ -332,9 +331,8 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
             if self.config.use_residual_scalars:
                 # To x's device as well: `device_map` may have put the layers on several.
                 x = self.resid_lambdas[i].to(x) * x + self.x0_lambdas[i].to(x) * x0.to(x.device)
-            value_embedding = None
-            if self.config.has_value_embedding(i):
-                value_embedding = self.value_embeds[str(i)](input_ids).to(x)
+            has_value = self.config.has_value_embedding(i)
+            value_embedding = self.value_embeds[str(i)](input_ids).to(x) if has_value else None
             x = layer(
                 x,
                 attention_mask=masks[self.config.layer_types[i]],
@@ -378,7 +376,10 @@ class SoftcappedCrossEntropy(torch.autograd.Function):
             losses[chunk] = ((log_normalizer - logits.gather(1, target)) * used).squeeze(1)
             if needs_grad:
                 grad = logits.sub_(log_normalizer).exp_()  # softmax
-                grad.scatter_add_(1, target, torch.full_like(log_normalizer, -1.0))
+                if torch.compiler.is_compiling():  # then this is one kernel with the lines around it
+                    grad = grad - (torch.arange(weight.shape[0], device=grad.device) == target).float()
+                else:
+                    grad.scatter_add_(1, target, torch.full_like(log_normalizer, -1.0))
                 grad.mul_(saturation.square_().neg_().add_(1.0)).mul_(used)  # through the softcap
                 grad = grad.to(hidden.dtype)
                 hidden_grad[chunk] = grad @ compute_weight
@@ -396,7 +397,7 @@ class SoftcappedCrossEntropy(torch.autograd.Function):
 
 
 def softcapped_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, softcap: float, chunk_tokens: int = 512
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, softcap: float, chunk_tokens: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross entropy of `softcap * tanh(hidden @ weight.T / softcap)` against `targets`, without whole logits.
 
@@ -404,11 +405,13 @@ def softcapped_cross_entropy(
         hidden: (..., D) states after the final norm, in the compute dtype.
         weight: (V, D) of the head; cast to the compute dtype once.
         targets: (...) token ids, -100 where there is none.
+        chunk_tokens: by default as many as suit a CPU's cache, or a GPU.
 
     Returns:
         The sum in nats over real targets (differentiable) and the losses (...) in fp32, 0 where there is no target.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
+    chunk_tokens = chunk_tokens or (512 if flat.device.type == "cpu" else 8192)
     total, losses = SoftcappedCrossEntropy.apply(flat, weight, targets.reshape(-1), softcap, chunk_tokens)
     return total, losses.view(targets.shape)
 
@@ -466,10 +469,9 @@ class NanoChatHFForCausalLM(NanoChatHFPreTrainedModel, GenerationMixin):
             labels: (B, T) token ids, shifted inside; -100 is ignored.
             shift_labels: (B, T) labels already shifted: position t's target is the token after t.
             num_items_in_batch: divisor of the summed loss; the number of targets by default.
-            logits_to_keep: compute only the last so many positions' logits.
+            logits_to_keep: compute the logits of the last so many positions (0 = all), or at a list or mask of them.
             skip_logits: with labels, return the loss alone, computed chunk by chunk: whole logits are never in memory.
                 No effect with a head that is not a plain linear layer, such as one with LoRA.
-
         The other arguments are `NanoChatHFModel.forward`'s. A batch without any target has loss 0.
         """
         inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
@@ -480,7 +482,8 @@ class NanoChatHFForCausalLM(NanoChatHFPreTrainedModel, GenerationMixin):
             shift_labels = labels[:, 1:]  # the last position has no target
         skip_logits = skip_logits and shift_labels is not None and type(self.lm_head) is nn.Linear
         if not skip_logits:
-            logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep)).float()
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[kept] if getattr(kept, "ndim", 1) == 2 else hidden[:, kept]).float()
             logits = softcap * torch.tanh(logits / softcap)
         if shift_labels is not None:
             num_targets = shift_labels.shape[1]
@@ -489,8 +492,7 @@ class NanoChatHFForCausalLM(NanoChatHFPreTrainedModel, GenerationMixin):
             if skip_logits:
                 total, _ = softcapped_cross_entropy(hidden[:, :num_targets], self.lm_head.weight, shift_labels, softcap)
             else:
-                predictions = logits[:, :num_targets].flatten(0, 1)
-                total = F.cross_entropy(predictions, shift_labels.flatten(), reduction="sum")
+                total = F.cross_entropy(logits[:, :num_targets].flatten(0, 1), shift_labels.flatten(), reduction="sum")
             loss = total / num_items_in_batch
         return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
 

@@ -1,0 +1,131 @@
+"""Decoding on a GPU without the cost of launching: fixed buffers for keys and values, and the step as a CUDA graph.
+
+One token is hundreds of kernels of a few microseconds each, which Python cannot launch as fast as a GPU runs them. Here
+they are recorded once and replayed. Recording takes as long as a few plain steps; it happens again when the buffers are
+full or the batch has lost rows.
+
+    step = GraphStep(DecodeStep(model), cache)
+    logits = step(ids, positions, mask)
+    step.store()     # now the cache has the new tokens, too
+"""
+
+import torch
+from transformers import Cache
+
+from .decode_step import DecodeStep
+
+MIN_CAPACITY = 256  # tokens; doubled when they are used up
+
+
+class GraphStep:
+    """A `DecodeStep` over buffers of its own, which begin as a copy of the cache.
+
+    Args:
+        cache: what the model has read; not written to before `store`.
+    """
+
+    def __init__(self, step: DecodeStep, cache: Cache):
+        self.step, self.cache = step, cache
+        self.num_seen = self.num_stored = cache.get_seq_length()
+        self.ids: torch.Tensor | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Logits (B, V) fp32 of the token after each row's newest; the next call overwrites them.
+
+        Args:
+            ids: (B,) the newest token of every row. Before a call with fewer rows, `store` and select the cache's rows.
+            positions: (B,) its position in the row, padding not counted.
+            mask: (B, seen + 1) with 0 at padding, or None.
+        """
+        if self.ids is None or len(ids) != len(self.ids) or self.num_seen == self.capacity:
+            self.store()
+            self._allocate(ids, mask)
+            self._record()
+            self._load()
+        self.ids.copy_(ids)
+        self.positions.copy_(positions)
+        if self.graph is None:
+            self._run()
+        else:
+            self.graph.replay()
+        self.num_seen += 1
+        return self.logits
+
+    def store(self) -> None:
+        """Write the tokens decoded since the last time into the cache."""
+        new = slice(self.num_stored, self.num_seen)
+        if new.start < new.stop:
+            for i, (keys, values) in enumerate(self.buffers):
+                self.cache.update(keys[:, :, new], values[:, :, new], i)
+            if self.smear_state is not None:
+                self.cache.update_conv_state(self.smear_state, len(self.buffers) - 1, conv_kernel_size=1)
+            self.num_stored = self.num_seen
+
+    def _allocate(self, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+        batch, device = len(ids), ids.device
+        self.capacity = max(MIN_CAPACITY, 1 << self.num_seen.bit_length())  # a power of two, more than seen
+        self.buffers = [
+            [x.new_zeros(batch, x.shape[1], self.capacity, x.shape[3]) for x in (layer.keys, layer.values)]
+            for layer in self.cache.layers
+        ]
+        self.smear_state = None
+        if self.step.smear_gate is not None:
+            self.smear_state = torch.zeros(batch, self.step.hidden_size, 1, dtype=self.step.dtype, device=device)
+        self.ids, self.positions = torch.zeros_like(ids), torch.ones_like(ids)
+        self.place = torch.arange(self.capacity, device=device)
+        self.end = torch.zeros(1, dtype=torch.long, device=device)  # where the next token goes
+        self.is_real = torch.ones(batch, self.capacity, dtype=torch.bool, device=device)
+        if mask is not None:
+            self.is_real[:, : mask.shape[1]] = mask != 0
+
+    def _record(self) -> None:
+        self.graph = None
+        if self.ids.device.type != "cuda":
+            return
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries allocate what they need before anything is recorded
+            self._run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._run()
+        self.graph = graph
+
+    def _load(self) -> None:
+        """Copy the cache; windowed layers hold only their last keys."""
+        for buffers, layer in zip(self.buffers, self.cache.layers, strict=True):
+            for buffer, held in zip(buffers, (layer.keys, layer.values), strict=True):
+                buffer[:, :, self.num_seen - held.shape[2] : self.num_seen] = held
+        if self.smear_state is not None:  # asking for the state also sets it, until `store` sets it right
+            states = self.cache.update_conv_state(self.smear_state, len(self.buffers) - 1, conv_kernel_size=1)
+            self.smear_state.copy_(states[:, :, -2:-1])
+        self.end.fill_(self.num_seen)
+
+    def _run(self) -> None:
+        with torch.autocast(self.ids.device.type, enabled=False):
+            sees = (self.is_real & (self.place <= self.end))[:, None, None]  # (B, 1, 1, capacity)
+            self.masks = {None: self._additive(sees)}
+            for window in set(self.step.windows) - {None}:
+                self.masks[window] = self._additive(sees & (self.place > self.end - window))
+            self.logits = self.step.compute(self.ids, self.positions, self, self._mask_of)
+            self.end += 1
+
+    def _additive(self, sees: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(sees, dtype=self.step.dtype).masked_fill_(~sees, float("-inf"))
+
+    def _mask_of(self, layer: int, num_keys: int) -> torch.Tensor:
+        return self.masks[self.step.windows[layer]]
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> list[torch.Tensor]:
+        """As a cache's: the new key and value (B, K, 1, d) into the buffers, which are returned whole."""
+        for buffer, new in zip(self.buffers[layer], (key, value), strict=True):
+            buffer.index_copy_(2, self.end, new)
+        return self.buffers[layer]
+
+    def update_conv_state(self, state: torch.Tensor, layer: int, conv_kernel_size: int) -> torch.Tensor:
+        """As a cache's: the last embedding and the new one, (B, D, 2)."""
+        states = torch.cat((self.smear_state, state), dim=-1)
+        self.smear_state.copy_(state)
+        return states

@@ -1,0 +1,75 @@
+"""The decoding step over fixed buffers: the growing cache's logits, rows that leave, buffers that fill up.
+
+On a GPU as a graph, on a CPU the same code unrecorded.
+"""
+
+import pytest
+import torch
+
+from nanochat_hf import decode_graph
+from nanochat_hf.decode_graph import GraphStep
+from nanochat_hf.decode_step import DecodeStep
+from nanochat_hf.generation import generate_completions
+from nanochat_hf.kv_cache import growing_cache, select_rows
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture
+def padded(tiny_tokenizer):
+    """Ids and mask (4, 150): one row longer than the model's short window (129), the others padded on the left."""
+    ids = torch.randint(len(tiny_tokenizer), (4, 150))
+    mask = torch.ones(4, 150, dtype=torch.long)
+    for row, num_padding in enumerate((0, 20, 120, 149)):
+        mask[row, :num_padding] = 0
+    return ids, mask
+
+
+def read(model, ids, mask):
+    cache = growing_cache(model.config)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+    return cache
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_growing_caches_logits(device, tiny_model, padded, monkeypatch):
+    monkeypatch.setattr(decode_graph, "MIN_CAPACITY", 4)
+    model = tiny_model.to(device)
+    ids, mask = (x.to(device) for x in padded)
+    lengths, num_steps, leaving_at = mask.sum(1), 120, 20
+    plain, plain_cache, graph_cache = DecodeStep(model), read(model, ids, mask), read(model, ids, mask)
+    graph = GraphStep(DecodeStep(model), graph_cache)
+    capacities = set()
+    for i in range(num_steps):
+        if i == leaving_at:
+            kept = torch.tensor([2, 0], device=device)
+            graph.store()
+            for cache in (plain_cache, graph_cache):
+                select_rows(cache, kept)
+            mask, lengths = mask[kept], lengths[kept]
+        new = torch.randint(model.config.vocab_size, (len(mask),), device=device)
+        mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
+        expected = plain(new, lengths + i, plain_cache, mask)
+        torch.testing.assert_close(graph(new, lengths + i, mask), expected, atol=2e-5, rtol=1e-5)
+        capacities.add(graph.capacity)
+    assert capacities == {256, 512}, "the buffers filled up once"
+    graph.store()
+    graph.store()
+    assert graph_cache.get_seq_length() == plain_cache.get_seq_length() == 150 + num_steps
+    for ours, theirs in zip(graph_cache.layers, plain_cache.layers, strict=True):
+        torch.testing.assert_close(ours.keys, theirs.keys, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(ours.values, theirs.values, atol=2e-5, rtol=1e-5)
+    more = torch.randint(model.config.vocab_size, (2, 3), device=device)
+    after = [model(more, past_key_values=cache).logits for cache in (plain_cache, graph_cache)]
+    torch.testing.assert_close(*after, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_gpu_writes_what_a_cpu_writes(tiny_model, tiny_tokenizer):
+    prompts = [[0, *range(10, 10 + n)] for n in (3, 140, 3, 60)]
+    settings = {"temperature": 1.0, "top_k": 20, "seed": 3}
+    expected = generate_completions(tiny_model, tiny_tokenizer, prompts, 200, **settings)
+    completions = generate_completions(tiny_model.cuda(), tiny_tokenizer, prompts, 200, **settings)
+    assert [c.token_ids for c in completions] == [c.token_ids for c in expected]
