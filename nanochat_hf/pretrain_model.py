@@ -10,7 +10,7 @@ from .fsdp import shard_model, wants_fsdp
 from .pretrain_plan import model_config
 from .scaling import ScalingPlan
 
-CPU_COMPILE_FLOPS = 4e14  # a run shorter than this ends before torch.compile has paid for itself on a CPU
+CPU_COMPILE_FLOPS = 1e14  # a run shorter than this ends before torch.compile has paid for itself on a CPU
 
 
 def build_model(

@@ -157,7 +157,9 @@ def base_evaluation(records: RunRecords) -> str:
         error = number(error_of_share(accuracy, items)) if items else "-"
         rows.append([name, number(task["centered"]), number(accuracy), error, number(items), number(published)])
     header = ["Task", "Centered", "Accuracy", "Standard error", "Items", f"{PUBLISHED_NAME}, centered"]
-    parts = [heading(records, title, "core"), settings(records, "core"), table(header, rows)]
+    steps = records.results("base").get("num_steps") if "base" in records else None
+    model = f"Model: `{records.records['core'].get('model_name', 'base')}` (step {number(steps)})"
+    parts = [heading(records, title, "core"), settings(records, "core"), model, table(header, rows)]
     if not any(name.removeprefix("core_") in PUBLISHED_CORE for name in tasks_of(records, "core")):
         parts.append(
             "These are this project's embedded mini tasks: they exercise CORE's three kinds of question and "
@@ -179,7 +181,24 @@ def chat_evaluation(records: RunRecords, stage: str) -> str:
     mean, stderr = (records.results(name).get(key) for key in ("chatcore", "chatcore_stderr"))
     rows.append(["ChatCORE metric", "-", number(stderr), number(mean), "-"])
     header = ["Task", "Accuracy", "Standard error", "Centered", "Problems"]
-    return "\n\n".join([heading(records, title, name), settings(records, name), table(header, rows)])
+    return "\n\n".join(
+        [heading(records, title, name), settings(records, name), protocol(records, name), table(header, rows)]
+    )
+
+
+def protocol(records: RunRecords, name: str) -> str:
+    """How an evaluation asked its model, from lm-eval's own record; empty where the record has none."""
+    record = records.records[name]
+    kwargs = [c["generation_kwargs"] for c in record.get("configs", {}).values() if c.get("generation_kwargs")]
+    lengths = sorted({k["max_gen_toks"] for k in kwargs if "max_gen_toks" in k})
+    temperatures = sorted({k.get("temperature", 1.0) if k.get("do_sample") else 0.0 for k in kwargs})
+    lines = [
+        ("model", record.get("model_name")),
+        ("dtype", record.get("config", {}).get("model_dtype")),
+        ("temperature", ", ".join(map(number, temperatures))),
+        ("max_new_tokens", ", ".join(map(number, lengths))),
+    ]
+    return bullets([(key, value) for key, value in lines if value])
 
 
 def paired_test(paired: dict | None) -> str:
