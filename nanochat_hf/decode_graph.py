@@ -89,7 +89,7 @@ class GraphStep:
             self._run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other chats may go on meanwhile
             self._run()
         self.graph = graph
 
