@@ -160,7 +160,8 @@ def load_chat_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         raise ValueError(
             f"{name} is no model folder, it has no config.json; a run's models are its folders base, mid, sft and rl"
         )
-    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+    is_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or folder.parent.is_dir()
+    if not folder.is_dir() and is_path:
         raise ValueError(f"no folder {name}; give a model folder (runs/tiny/rl) or a Hub id (user/name)")
     source = str(folder) if folder.is_dir() else name
     try:

@@ -76,7 +76,7 @@ class SFTStageConfig(MixtureConfig):
     eval_data: str | None = field(
         default=None, metadata={"help": "folder with gsm8k_train.jsonl and arc_*_train.jsonl, three more sources"}
     )
-    data_rows: int = field(default=1000, metadata={"help": "rows kept of each source that the two folders add"})
+    data_rows: int = field(default=1000, metadata={"help": "most rows of each source that the two folders add"})
     validation_rows: int = field(default=200, metadata={"help": "most held-out conversations that validation scores"})
     eval_every_steps: int = field(
         default=0, metadata={"help": "steps between validations; 0 = only before the first step and after the last"}

@@ -24,12 +24,12 @@ def scaling_plan(config: PretrainConfig, vocab_size: int) -> ScalingPlan:
 
 
 def planned_vocab_size(config: PretrainConfig, tokenizer_folder: Path) -> int:
-    """The vocabulary of the run's tokenizer, or the recipe's where it is not trained yet.
+    """The vocabulary of the run's tokenizer; for `--plan`, which any run may precede, the recipe's if it names one.
 
     Raises:
         ValueError: neither is there, or they differ.
     """
-    if not tokenizer_folder.is_dir() and config.plan and config.vocab_size is not None:
+    if config.plan and config.vocab_size is not None:
         return config.vocab_size
     if not tokenizer_folder.is_dir():
         raise ValueError(f"there is no {tokenizer_folder} yet: train the tokenizer first, or give --vocab_size")

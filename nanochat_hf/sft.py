@@ -113,6 +113,8 @@ def run_sft(config: SFTStageConfig, training_args: SFTConfig, settings: dict) ->
             "min_val_bpb": min(line["val_bpb"] for line in curve if "val_bpb" in line),
             "before": {key: value for key, value in validation_curve.first.items() if key != "chats"},
         }
+        before, after = validation_curve.first["val_bpb"], validation_curve.last["val_bpb"]
+        print(f"{config.stage}: {before:.4f} -> {after:.4f} bits per byte of the targets in held-out conversations")
 
 
 def check_settings(config: SFTStageConfig, training_args: SFTConfig) -> None:
@@ -149,11 +151,11 @@ def mixture_sources(config: SFTStageConfig) -> list[dict]:
     """The recipe's sources and those that `chat_data` and `eval_data` add."""
     sources = list(config.mixture)
     if config.chat_data:
-        sources.append({"source": "messages", "dataset": config.chat_data, "rows": config.data_rows})
+        sources.append({"source": "messages", "dataset": config.chat_data, "max_rows": config.data_rows})
     if config.eval_data:
         for kind, name in (("gsm8k", "gsm8k"), ("arc", "arc_easy"), ("arc", "arc_challenge")):
             dataset = str(Path(config.eval_data) / f"{name}_train.jsonl")
-            sources.append({"source": kind, "dataset": dataset, "rows": config.data_rows})
+            sources.append({"source": kind, "dataset": dataset, "max_rows": config.data_rows})
     return sources
 
 

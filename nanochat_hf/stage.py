@@ -92,6 +92,8 @@ class Stage:
         if self.results_file:
             record = {**record, **self.results_file, "summary": self.results}
         write_json(self.path, record)
+        if self.name in STAGES:
+            print(f"{self.name}: saved to {self.run_dir / self.name}")
 
     def log(self, **figures) -> None:
         """Append one line of figures to the stage's curve."""

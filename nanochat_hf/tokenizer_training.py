@@ -96,8 +96,7 @@ def train_tokenizer(config: TokenizerConfig) -> PreTrainedTokenizerFast:
         _save(tokenizer, folder)
     origin = f"{documents.num_documents:,} documents ({documents.num_chars:,} characters) in {train_seconds:.1f} s"
     print(
-        f"tokenizer: {len(tokenizer):,} tokens from {config.start_from or origin}\n\n"
-        f"{evaluation_tables(evaluation)}\n\nsaved to {folder}"
+        f"tokenizer: {len(tokenizer):,} tokens from {config.start_from or origin}\n\n{evaluation_tables(evaluation)}\n"
     )
     return tokenizer
 

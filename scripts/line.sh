@@ -145,6 +145,8 @@ hub_target() {
 }
 
 stop_line() {
+    # Whether it saved something before: time that counts.
+    [ -z "$(find "$run_dir/checkpoints/$1" -mindepth 1 -maxdepth 1 -newer "$run_dir/logs/$1.ran.now" 2>/dev/null)" ] || note stage_saved "$1"
     echo "== stopped in stage $1; finished stages are kept, run the same command again to continue" >&2
     exit "$2"
 }

@@ -262,7 +262,12 @@ def test_a_saved_folder_opens_and_answers(tiny_model, tiny_tokenizer, tmp_path):
     assert say(session, "Hi", max_new_tokens=8) == expected
 
 
-def test_what_cannot_be_loaded_is_said(tiny_model, tiny_tokenizer, tmp_path):
+def test_what_cannot_be_loaded_is_said(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    with monkeypatch.context() as here:
+        here.chdir(tmp_path)
+        with pytest.raises(ValueError, match="no folder runs/tinny"):  # and no Hub id of a user called runs
+            load_chat_model("runs/tinny")
     with pytest.raises(ValueError, match="config.json"):
         load_chat_model(str(tmp_path))
     with pytest.raises(ValueError, match="no folder"):

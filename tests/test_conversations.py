@@ -182,6 +182,15 @@ def test_order_is_nanochats(tmp_path):
     assert texts(build_mixture(recipe, "train", seed=1)) != expected
 
 
+def test_max_rows_takes_what_is_there(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [conversation(str(i)) for i in range(40)])
+    sources = [{"source": "messages", "dataset": str(path), key: 1000} for key in ("max_rows", "rows")]
+    assert len(build_mixture(sources[:1], "train")) == 38
+    assert len(build_mixture([sources[0] | {"max_rows": 7}], "train")) == 7
+    with pytest.raises(ValueError, match="has 38 rows, not 1000"):
+        build_mixture(sources[1:], "train")
+
+
 def test_train_and_test_share_nothing_and_lose_nothing(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [conversation(str(i)) for i in range(100)])
     recipe = [{"source": "messages", "dataset": path, "epochs": 3}]

@@ -13,7 +13,7 @@ from hub_server import LoopbackHub
 from nanochat_hf import NanoChatHFForCausalLM
 from nanochat_hf.checkpoint import save_model
 from nanochat_hf.configs import PublishConfig
-from nanochat_hf.hub import publish
+from nanochat_hf.hub import check, publish
 from nanochat_hf.hub.card import model_card, public_name
 
 ROOT = Path(__file__).parents[1]
@@ -150,6 +150,12 @@ def test_a_secret_stops_everything(run_dir, monkeypatch):
     (run_dir / "report.md").write_text("another-form-of-token")
     with pytest.raises(ValueError, match="report.md holds an access token"):
         publish(PublishConfig(run=str(run_dir), repo_id="me/tiny", dry_run=True))
+
+
+def test_a_chat_model_need_not_know_prose(run_dir, monkeypatch):
+    real, losses = check.cross_entropy, iter([12.0, 1.0])
+    monkeypatch.setattr(check, "cross_entropy", lambda logits, targets: real(logits, targets) * 0 + next(losses))
+    assert "12.00 nats a token on plain English, 1.00 on an answer" in check.check_folder(run_dir / "sft")
 
 
 def test_a_folder_that_others_cannot_use_is_refused(run_dir, monkeypatch, tiny_model, tiny_tokenizer):

@@ -185,6 +185,12 @@ def test_a_tokenizer_of_another_size_is_refused(make_run):
         pretrain.pretrain(config, settings)
 
 
+def test_a_plan_does_not_mind_another_runs_tokenizer(make_run, capsys):
+    run_dir, config, settings = make_run("plan", vocab_size=600, plan=True)
+    pretrain.pretrain(config, settings)
+    assert (run_dir / "tokenizer").is_dir() and "600" in capsys.readouterr().out
+
+
 def test_a_plan_needs_a_vocabulary(tmp_path):
     with pytest.raises(ValueError, match="train the tokenizer first, or give --vocab_size"):
         pretrain.pretrain(PretrainConfig(run_dir=str(tmp_path), plan=True), {})

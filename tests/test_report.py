@@ -222,17 +222,25 @@ def test_wall_clock_sums_sessions_that_did_something(run_dir):
         (62, "session_end", ""),
         (1000, "session_start", "abc"),  # nothing left to do
         (1003, "session_end", ""),
-        (2000, "session_start", "def (dirty)"),
+        (1500, "session_start", "abc"),  # refused: a wrong setting
+        (1501, "stage_start", "base"),
+        (1508, "session_end", ""),
+        (2000, "session_start", "def"),  # interrupted
         (2001, "stage_start", "base"),
-        (2100, "report_start", ""),
+        (2039, "stage_saved", "base"),
+        (2040, "session_end", ""),
+        (3000, "session_start", "def (dirty)"),
+        (3001, "stage_start", "base"),
+        (3090, "stage_end", "base"),
+        (3100, "report_start", ""),
     ]
     lines = [json.dumps({"time": START + time, "event": event, "name": name}) for time, event, name in events]
     (run_dir / "sessions.jsonl").write_text("\n".join(lines) + "\n")
     records = RunRecords(run_dir)
-    assert records.total_seconds(now=START + 2105) == 62 + 105
-    assert [session.commit for session in records.sessions(START)] == ["abc", "def (dirty)"]
-    (run_dir / "sessions.jsonl").write_text("\n".join(lines[:-1]) + "\n")  # killed in the base stage
-    assert RunRecords(run_dir).total_seconds(now=START + 9999) == 62 + 1
+    assert records.total_seconds(now=START + 3105) == 62 + 40 + 105
+    assert [session.commit for session in records.sessions(START)] == ["abc", "def", "def (dirty)"]
+    (run_dir / "sessions.jsonl").write_text("\n".join(lines[:-1]) + "\n")  # killed before the report
+    assert RunRecords(run_dir).total_seconds(now=START + 9999) == 62 + 40 + 90
 
 
 def test_a_resumed_curve_counts_each_step_once(run_dir):

@@ -299,7 +299,7 @@ def test_real_data_becomes_more_sources(shared_data):
     )  # fmt: skip
     sources = mixture_sources(config)
     assert [source["source"] for source in sources] == ["identity", "messages", "gsm8k", "arc", "arc"]
-    assert all(source["rows"] == 7 for source in sources[1:])
+    assert all(source["max_rows"] == 7 for source in sources[1:])
 
 
 @pytest.mark.parametrize(

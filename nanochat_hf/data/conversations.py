@@ -157,14 +157,14 @@ def check_source(position: int, source: dict) -> None:
         found = source_of(str(kind))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    allowed = ("source", "rows", "epochs", *found.options)
+    allowed = ("source", "rows", "max_rows", "epochs", *found.options)
     for key in source:
         if key not in allowed:
             raise ValueError(
                 f"{where} ({kind}): unknown key {key!r}, did you mean {nearest(str(key), allowed)!r}? "
                 f"Allowed are {', '.join(allowed)}"
             )
-    for key in ("rows", "epochs"):
+    for key in ("rows", "max_rows", "epochs"):
         value = source.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{where} ({kind}): {key} must be a whole number of at least 1, got {value!r}")
@@ -176,7 +176,8 @@ def check_source(position: int, source: dict) -> None:
 
 def _load_source(source: dict, split: str, seed: int, on_bad_row: str, counts: dict) -> datasets.Dataset:
     """One source's rows as `messages` and `source`, shuffled and cut."""
-    kind, label, num_rows = source_of(source["source"]), _label(source), source.get("rows")
+    kind, label = source_of(source["source"]), _label(source)
+    num_rows = source.get("rows", source.get("max_rows"))
     if split == "test" and num_rows:
         num_rows = -(-num_rows // HELD_OUT)
     if kind.generate:
@@ -187,7 +188,7 @@ def _load_source(source: dict, split: str, seed: int, on_bad_row: str, counts: d
     else:
         table, rows, name_of = _load_split(source, kind, split)
         if num_rows and num_rows > len(rows):
-            if split == "train":
+            if split == "train" and "rows" in source:
                 raise ValueError(f"{label} has {len(rows)} rows, not {num_rows}; ask for fewer rows, or more epochs")
             num_rows = None
     counts.setdefault(label, {"rows": 0, "skipped": 0})

@@ -9,12 +9,14 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from ..checkpoint import load_model
-from ..tokenizer import encode_prompt, encode_text
+from ..tokenizer import encode_conversation, encode_prompt, encode_text
 
 TEXT = "The capital of France is Paris.\n\n    def double(x):\n        return 2 * x  # naïve 12345"
 MESSAGES = [{"role": "user", "content": "What is 12 + 30? <|assistant_end|>"}]
+GREETING = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello! How can I help you?"}]
 
 # Runs with `nanochat_hf` barred, as on a machine that has only transformers.
 STRANGER = """
@@ -58,13 +60,20 @@ def check_folder(folder: Path) -> str:
     difference = (theirs["logits"] - logits).abs().max().item()
     if not difference < 1e-4:
         raise ValueError(f"{folder.name}: the folder's own code gives logits that differ by {difference:.2g} from ours")
-    loss = torch.nn.functional.cross_entropy(logits[0, : len(text_ids)].float(), torch.tensor(text_ids)).item()
-    if not loss < math.log(model.config.vocab_size):
+    text_loss = cross_entropy(logits[0, : len(text_ids)].float(), torch.tensor(text_ids)).item()
+    # A small chat model knows answers and has forgotten prose: it has to be better than guessing in one of the two.
+    chat_ids, mask = (torch.tensor(x) for x in encode_conversation(tokenizer, GREETING))
+    with torch.no_grad():
+        chat_logits = model(input_ids=chat_ids[None]).logits[0, :-1].float()
+    chat_loss = cross_entropy(chat_logits[mask[1:] == 1], chat_ids[1:][mask[1:] == 1]).item()
+    guessing = math.log(model.config.vocab_size)
+    if not min(text_loss, chat_loss) < guessing:
         raise ValueError(
-            f"{folder.name}: {loss:.2f} nats a token on plain English is worse than guessing "
-            f"({math.log(model.config.vocab_size):.2f}): model and tokenizer are out of step, or it is untrained"
+            f"{folder.name}: {text_loss:.2f} nats a token on plain English and {chat_loss:.2f} on an answer are worse "
+            f"than guessing ({guessing:.2f}): model and tokenizer are out of step, or it is untrained"
         )
-    return f"{len(ids)} tokens, largest logit difference {difference:.1g}, {loss:.2f} nats a token"
+    losses = f"{text_loss:.2f} nats a token on plain English, {chat_loss:.2f} on an answer"
+    return f"{len(ids)} tokens, largest logit difference {difference:.1g}, {losses}"
 
 
 def ask_stranger(folder: Path, request: dict) -> dict:

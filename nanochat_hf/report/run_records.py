@@ -9,7 +9,7 @@ from ..stage import results_of
 
 @dataclass
 class Session:
-    """One call of run.sh. Times are seconds since 1970; `stages` are those that really ran."""
+    """One call of run.sh. Times are seconds since 1970; `stages` are those that it finished or took further."""
 
     started: float
     ended: float
@@ -86,9 +86,10 @@ class RunRecords:
         return sorted(latest.values(), key=lambda row: row.get("step", 0))
 
     def sessions(self, now: float) -> list[Session]:
-        """The calls of run.sh in which a stage ran; the one that is making this report ends `now`.
+        """The calls of run.sh in which a stage was finished or saved; the one that is making this report ends `now`.
 
-        A session that was killed outright ends with its last event: what it did after that is not counted.
+        A session that was killed outright ends with its last event: what it did after that is not counted. One that
+        was refused, for a wrong setting say, is not counted at all.
         """
         path = self.run_dir / "sessions.jsonl"
         events = [json.loads(line) for line in path.read_text().splitlines() if line] if path.is_file() else []
@@ -98,7 +99,7 @@ class RunRecords:
                 sessions.append(Session(event["time"], event["time"], event["name"], []))
             elif sessions:
                 sessions[-1].ended = event["time"]
-                if event["event"] == "stage_start":
+                if event["event"] in ("stage_end", "stage_saved"):
                     sessions[-1].stages.append(event["name"])
         if sessions and events[-1]["event"] == "report_start":
             sessions[-1].ended = now

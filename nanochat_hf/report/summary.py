@@ -33,7 +33,10 @@ def summary_table(records: RunRecords, metrics: dict) -> str:
         rows.append(
             [name, *(number(values.get(stage)) for stage in STAGES), *(number(theirs.get(s)) for s in STAGES[:3])]
         )
-    return table(header, rows)
+    return (
+        table(header, rows)
+        + "\n\nBits per byte are over a stage's own targets; with `assistant_only_loss`, answers alone."
+    )
 
 
 def row_name(task: str) -> str:

@@ -21,7 +21,10 @@ try:
 except ImportError:
     spaces = None
 
-import gradio as gr
+try:
+    import gradio as gr
+except ImportError:
+    raise SystemExit('this page needs gradio: pip install -c constraints.txt -e ".[space]"') from None
 
 from nanochat_hf.chat import COMPLETION_NOTICE, ChatSession, load_chat_model
 from nanochat_hf.chat_service import (
