@@ -38,6 +38,8 @@ def compare(folder: Path, **parallel: int) -> None:
             real = arguments.get("attention_mask", mask * 0 + 1).bool()
             logits, expected = model(ROWS, **arguments).logits[real], whole(ROWS, **arguments).logits[real]
             torch.testing.assert_close(logits, expected, atol=2e-5, rtol=0)
+        losses = [each(ROWS, labels=ROWS, skip_logits=True).loss for each in (model, whole)]
+        torch.testing.assert_close(*losses, atol=1e-5, rtol=0)
         arguments = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         tokens = model.generate(ROWS[:, :9], **arguments)
         assert torch.equal(tokens, whole.generate(ROWS[:, :9], **arguments))

@@ -5,6 +5,10 @@ The wheel has no tests and this repository copies none: they run where the sourc
     pip download --no-deps --no-binary :all: transformers==5.23.0 && tar xf transformers-5.23.0.tar.gz
     TRANSFORMERS_TESTS=transformers-5.23.0/tests pytest tests/test_transformers_mixins.py -m slow
 
+With transformers 5.23.0, 207 pass and 125 skip themselves, each with its reason under `-rs`: 60 want other hardware or
+packages (accelerators, Flash Attention, deepspeed, kernels, MPS), 52 what this architecture has not (experts, partial
+RoPE, parts kept in fp32, a composite model, attention weights out of SDPA), and the others are named below.
+
 The package leaves out `tests/generation` and `tests/exporters`, so GenerationTesterMixin and ExportTesterMixin stand in
 empty here; the generation checks are in test_transformers_generation.py, by the mixin's names.
 """

@@ -471,16 +471,16 @@ class NanoChatHFForCausalLM(NanoChatHFPreTrainedModel, GenerationMixin):
             num_items_in_batch: divisor of the summed loss; the number of targets by default.
             logits_to_keep: compute the logits of the last so many positions (0 = all), or at a list or mask of them.
             skip_logits: with labels, return the loss alone, computed chunk by chunk: whole logits are never in memory.
-                No effect with a head that is not a plain linear layer, such as one with LoRA.
+                No effect with a head that is not a plain linear layer, as with LoRA or tensor-parallel.
         The other arguments are `NanoChatHFModel.forward`'s. A batch without any target has loss 0.
         """
         inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
         outputs = self.model(*inputs, use_cache=use_cache, **kwargs)
-        hidden, softcap = outputs.last_hidden_state, self.config.final_logit_softcapping
-        loss = logits = None
+        hidden, softcap, loss, logits = outputs.last_hidden_state, self.config.final_logit_softcapping, None, None
         if labels is not None and shift_labels is None:
             shift_labels = labels[:, 1:]  # the last position has no target
-        skip_logits = skip_logits and shift_labels is not None and type(self.lm_head) is nn.Linear
+        is_plain_head = type(self.lm_head) is nn.Linear and type(self.lm_head.weight) is nn.Parameter
+        skip_logits = skip_logits and shift_labels is not None and is_plain_head
         if not skip_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[kept] if getattr(kept, "ndim", 1) == 2 else hidden[:, kept]).float()
