@@ -67,7 +67,7 @@ class PretrainConfig(CorpusConfig):
     )
     num_steps: int | None = field(default=None, metadata={"help": "optimizer steps, instead of the horizon"})
     total_batch_tokens: int | None = field(default=None, metadata={"help": "tokens of one optimizer step"})
-    device_batch_size: int = field(default=32, metadata={"help": "rows of one forward pass on one device"})
+    device_batch_size: int = field(default=16, metadata={"help": "rows of one forward pass on one device"})
     learning_rates: dict[str, float] | None = field(
         default=None,
         metadata={"help": "nominal rates by optimizer group instead of the architecture's: {matrix: 0.02}"},

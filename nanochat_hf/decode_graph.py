@@ -9,12 +9,15 @@ full or the batch has lost rows.
     step.store()     # now the cache has the new tokens, too
 """
 
+from threading import Lock
+
 import torch
 from transformers import Cache
 
 from .decode_step import DecodeStep
 
 MIN_CAPACITY = 256  # tokens; doubled when they are used up
+RECORDING = Lock()  # a process records one graph at a time
 
 
 class GraphStep:
@@ -66,7 +69,10 @@ class GraphStep:
         batch, device = len(ids), ids.device
         self.capacity = max(MIN_CAPACITY, 1 << self.num_seen.bit_length())  # a power of two, more than seen
         self.buffers = [
-            [x.new_zeros(batch, x.shape[1], self.capacity, x.shape[3]) for x in (layer.keys, layer.values)]
+            [
+                x.new_zeros(batch, x.shape[1], self.capacity, x.shape[3], dtype=self.step.dtype)
+                for x in (layer.keys, layer.values)
+            ]
             for layer in self.cache.layers
         ]
         self.smear_state = None
@@ -80,17 +86,18 @@ class GraphStep:
             self.is_real[:, : mask.shape[1]] = mask != 0
 
     def _record(self) -> None:
-        self.graph = None
-        if self.ids.device.type != "cuda":
+        self.graph, device = None, self.ids.device
+        if device.type != "cuda":
             return
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries allocate what they need before anything is recorded
-            self._run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other chats may go on meanwhile
-            self._run()
+        with RECORDING, torch.cuda.device(device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # libraries allocate what they need before anything is recorded
+                self._run()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # other chats may go on
+                self._run()
         self.graph = graph
 
     def _load(self) -> None:

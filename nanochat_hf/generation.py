@@ -182,8 +182,8 @@ def decode(
     Args:
         rows: written to as decoding goes.
         uniforms: (rows, max_new_tokens) from `row_uniforms`; None when greedy.
-        cache: an earlier turn's cache, for a single row: it already holds the beginning of the row's prompt. At a
-            yield it holds the prompt and all new tokens but the last.
+        cache: an earlier turn's cache, for a single row: it already holds the beginning of the row's prompt. When this
+            generator has ended or is closed, it holds the prompt and all new tokens but the last.
     """
     device = model.device
     uniforms = None if uniforms is None else uniforms.to(device)

@@ -70,7 +70,8 @@ start_line() {
     choose_launcher
     mkdir -p "$run_dir/logs" "$run_dir/eval" || fail "cannot write to $run_dir; choose another folder with --output_dir"
     note session_start "$(commit)"
-    trap 'note session_end' EXIT
+    unfinished=
+    trap end_session EXIT
 }
 
 absolute() { if [ -d "$1" ]; then (cd "$1" && pwd); else echo "$(cd "$(dirname "$1")" && pwd)/$(basename "$1")"; fi; }
@@ -114,6 +115,7 @@ stage() {
         return
     fi
     echo "== $record"
+    unfinished="$record"
     local repo_id
     repo_id="$(hub_target "$@")"
     note stage_start "$record"
@@ -125,6 +127,7 @@ stage() {
     trap - INT
     [ "$interrupted" = no ] || stop_line "$record" 130
     note stage_end "$record"
+    unfinished=
     [ -z "$repo_id" ] || python scripts/publish.py --run "$run_dir" --repo_id "$repo_id" || stop_line "$record" $?
     mv "$ran.now" "$ran"
 }
@@ -144,9 +147,15 @@ hub_target() {
     done
 }
 
+# The time of a stage that stopped counts where it has saved something.
+end_session() {
+    if [ -n "$unfinished" ] && [ -n "$(find "$run_dir/checkpoints/$unfinished" -mindepth 1 -maxdepth 1 -newer "$run_dir/logs/$unfinished.ran.now" 2>/dev/null)" ]; then
+        note stage_saved "$unfinished"
+    fi
+    note session_end
+}
+
 stop_line() {
-    # Whether it saved something before: time that counts.
-    [ -z "$(find "$run_dir/checkpoints/$1" -mindepth 1 -maxdepth 1 -newer "$run_dir/logs/$1.ran.now" 2>/dev/null)" ] || note stage_saved "$1"
     echo "== stopped in stage $1; finished stages are kept, run the same command again to continue" >&2
     exit "$2"
 }

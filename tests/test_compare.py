@@ -142,4 +142,4 @@ def test_a_runs_record_is_a_results_file_of_lm_evals(tmp_path, tiny_model, tiny_
     assert records.results("core") == record["summary"] and len(record["summary"]["tasks"]) == 3
     assert build_metrics(records, 1.0)["core"]["core"] == pytest.approx(record["groups"]["core_mini"]["centered,none"])
     table = compare([str(tmp_path), str(tmp_path / "eval" / "core.json")])
-    assert "| chatcore_mini_arithmetic | 6 |" in table and table.count("+0.0000 ± 0.0000 (the same answers)") == 4
+    assert "| chatcore_mini_arithmetic | 6 |" in table and table.count("+0.0000 ± 0.0000 (the same items right)") == 4

@@ -189,6 +189,9 @@ def test_max_rows_takes_what_is_there(tmp_path):
     assert len(build_mixture([sources[0] | {"max_rows": 7}], "train")) == 7
     with pytest.raises(ValueError, match="has 38 rows, not 1000"):
         build_mixture(sources[1:], "train")
+    for wrong in (sources[0] | sources[1], {"source": "identity", "max_rows": 5}):
+        with pytest.raises(ValueError, match="max_rows is for data sets, instead of rows"):
+            build_mixture([wrong], "train")
 
 
 def test_train_and_test_share_nothing_and_lose_nothing(tmp_path):

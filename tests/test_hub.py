@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import LoopbackHub
+from transformers import AutoTokenizer
 
 from nanochat_hf import NanoChatHFForCausalLM
 from nanochat_hf.checkpoint import save_model
@@ -153,9 +154,16 @@ def test_a_secret_stops_everything(run_dir, monkeypatch):
 
 
 def test_a_chat_model_need_not_know_prose(run_dir, monkeypatch):
-    real, losses = check.cross_entropy, iter([12.0, 1.0])
-    monkeypatch.setattr(check, "cross_entropy", lambda logits, targets: real(logits, targets) * 0 + next(losses))
+    real, asked = check.cross_entropy, []
+
+    def knows_answers_only(logits, targets):
+        asked.append(targets.tolist())
+        return real(logits, targets) * 0 + (12.0 if len(asked) == 1 else 1.0)
+
+    monkeypatch.setattr(check, "cross_entropy", knows_answers_only)
     assert "12.00 nats a token on plain English, 1.00 on an answer" in check.check_folder(run_dir / "sft")
+    text, answer = (AutoTokenizer.from_pretrained(run_dir / "sft").decode(ids) for ids in asked)
+    assert (text, answer) == (check.TEXT, "Hello! How can I help you?<|assistant_end|>")
 
 
 def test_a_folder_that_others_cannot_use_is_refused(run_dir, monkeypatch, tiny_model, tiny_tokenizer):

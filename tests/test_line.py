@@ -40,6 +40,7 @@ if pathlib.Path("slow").is_file() and pathlib.Path("slow").read_text() == name:
         time.sleep(60)
     except KeyboardInterrupt:
         time.sleep(0.5)
+        (run / "checkpoints" / name / "step-000001").mkdir(parents=True)
         with open("calls.log", "a") as log:
             log.write("saved\\n")
         sys.exit(130)
@@ -125,6 +126,8 @@ def test_ctrl_c_waits_for_the_stage_to_save(toy):
         assert line.wait(timeout=30) == 130
         assert (toy / "calls.log").read_text().split() == ["one", "two", "saved"]
         assert "stopped in stage two" in line.stderr.read()
+    events = [json.loads(line) for line in (toy / "runs/toy/sessions.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events][-3:] == ["stage_start", "stage_saved", "session_end"]
 
 
 def test_changed_settings_are_the_stages_to_judge(toy):

@@ -68,8 +68,12 @@ def some_requests(seed=0):
 
 
 @pytest.mark.parametrize("make_model", [windowed_model, llama_model, gpt2_model])
-@pytest.mark.parametrize("max_batch_tokens", [1, 200, None])
-def test_scores_equal_one_plain_forward_each(make_model, max_batch_tokens):
+@pytest.mark.parametrize("max_batch_tokens", [1, 200, None, "old"])
+def test_scores_equal_one_plain_forward_each(make_model, max_batch_tokens, monkeypatch):
+    """Also with heads that take no mask, as in transformers 5.17."""
+    if max_batch_tokens == "old":
+        monkeypatch.setattr(scoring, "HEADS_TAKE_MASKS", False)
+        max_batch_tokens = None
     model, requests = make_model(), some_requests()
     seen = []
     answers = score_continuations(

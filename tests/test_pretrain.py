@@ -176,7 +176,7 @@ def test_the_plan_of_the_published_run(capsys):
     assert "fits" in text and "NOT" not in text and not Path("nowhere").exists()
     config.device_batch_size, config.total_batch_tokens = 256, 2**23
     text = describe_plan(config, 65536)
-    assert text.count("does NOT fit") == 2 and "--device_batch_size 64 would" in text
+    assert text.count("does NOT fit") == 2 and "--device_batch_size 32 would" in text
 
 
 def test_a_tokenizer_of_another_size_is_refused(make_run):

@@ -40,7 +40,9 @@ def run(config: DecodeBenchmarkConfig) -> tuple[dict, str]:
     results = {f"speedup_batch_{size}": sides["generate"]["speedup"] for size, sides in batches.items()}
     results |= {
         "tokens_equal": all(sides["generate"]["tokens_equal"] for sides in batches.values()),
-        "compile_seconds": 0.0,
+        "compile_seconds": sum(
+            sides["static, compiled"]["warmup_seconds"] for sides in batches.values() if "static, compiled" in sides
+        ),
         "dtype": str(model.dtype).removeprefix("torch."),
         "num_parameters": model.num_parameters(),
         "batches": {str(size): sides for size, sides in batches.items()},
@@ -58,7 +60,7 @@ def make_prompts(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> list[li
 def compare(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], config: DecodeBenchmarkConfig
 ) -> dict:
-    """Both sides in turns, after one turn each to warm up; the median over the rounds counts."""
+    """Both sides in turns, after three turns each to warm up; the median over the rounds counts."""
     runs = {
         "generate": lambda n: run_generate(model, prompts, n, "dynamic"),
         "ours": lambda n: run_ours(model, tokenizer, prompts, n),

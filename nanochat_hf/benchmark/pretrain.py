@@ -11,7 +11,7 @@ On a GPU the bare loop is compiled, as real runs are; on a CPU that comparison i
 
     python scripts/benchmark.py pretrain --depth 4 --output pretrain.json
     python scripts/benchmark.py pretrain --depth 20 --head_dim 128 --window_pattern SSSL --sequence_length 2048 \
-        --device_batch_size 32 --vocab_size 65536 --num_batches 8 --sides bare compiled
+        --device_batch_size 16 --vocab_size 65536 --num_batches 16 --sides bare compiled
 """
 
 import gc
@@ -102,11 +102,12 @@ def bare_step(
     def take_step(batches: Iterator[dict], step: int) -> float:
         schedule.apply(optimizer, step)
         total = 0.0
-        for _ in range(num_batches):
-            with torch.autocast(device.type, torch.bfloat16) if has_autocast else nullcontext():
+        with torch.autocast(device.type, torch.bfloat16) if has_autocast else nullcontext():
+            for _ in range(num_batches):
                 loss = forward(**next(batches), use_cache=False, skip_logits=not is_plain).loss / num_batches
-            loss.backward()
-            total += loss.detach()
+                with torch.autocast(device.type, enabled=False):
+                    loss.backward()
+                total += loss.detach()
         optimizer.step()
         optimizer.zero_grad()
         return total.item()

@@ -93,7 +93,8 @@ def build_mixture(
     Args:
         sources: dicts as in a recipe: `source` (a key of `SOURCES`, or an import path, see `source_of`); `rows` to
             keep (default all); `epochs`, how often the source is listed (default 1; test lists it once); for data sets
-            `dataset` (path or Hub id), `name` and `split` on the Hub; for embedded sources their `seed` and options.
+            `dataset` (path or Hub id), `name` and `split` on the Hub, and `max_rows` instead of `rows`, where fewer may
+            be there; for embedded sources their `seed` and options.
         split: "train", or "test" for held-out rows of the same sources (a 20th of `rows`).
         seed: of all shuffles.
         on_bad_row: "error", or "skip" to leave bad rows out, with a warning that counts them.
@@ -168,6 +169,8 @@ def check_source(position: int, source: dict) -> None:
         value = source.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{where} ({kind}): {key} must be a whole number of at least 1, got {value!r}")
+    if "max_rows" in source and ("rows" in source or found.generate):
+        raise ValueError(f"{where} ({kind}): max_rows is for data sets, instead of rows")
     if found.generate in _UNBOUNDED and "rows" not in source:
         raise ValueError(f"{where}: {kind} can make any number of rows; say how many, e.g. rows: 1000")
     if found.generate is None and not (source.get("dataset") or found.hub_id):

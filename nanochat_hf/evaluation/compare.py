@@ -98,7 +98,7 @@ def score_text(score: TaskScore | None) -> str:
 def difference_text(difference: Difference) -> str:
     verdict = "inside the noise" if difference.is_noise else f"p {difference.p_value:.2g}"
     if difference.is_paired and difference.value == difference.stderr == 0:
-        verdict = "the same answers"
+        verdict = "the same items right"
     paired = "" if difference.is_paired else ", unpaired"
     return f"{difference.value:+.4f} ± {difference.stderr:.4f} ({verdict}{paired})"
 

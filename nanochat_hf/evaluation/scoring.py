@@ -197,7 +197,7 @@ def _shared_logits(model: PreTrainedModel, batch: list[_Family]) -> torch.Tensor
 
 
 def _scored_logits(model: PreTrainedModel, scored: torch.Tensor, **inputs) -> torch.Tensor:
-    """Logits (scored positions, vocabulary), row after row."""
+    """Logits (scored positions, vocabulary), row after row. Heads that take no mask compute more than is scored."""
     if HEADS_TAKE_MASKS or model.config.model_type == "nanochat_hf":
         return model(logits_to_keep=scored, **inputs).logits
     columns = scored.any(dim=0).nonzero()[:, 0]
