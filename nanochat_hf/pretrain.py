@@ -221,7 +221,7 @@ class Pretraining:
         if not (self.accelerator.is_main_process or wants_fsdp(self.accelerator)):
             return []
         self.model.eval()
-        with cached_attention(self.model):
+        with cached_attention(self.model), self.accelerator.autocast():  # FSDP2's layers speak bf16
             texts = sample_prompts(self.model, self.tokenizer)
         self.model.train()
         return texts

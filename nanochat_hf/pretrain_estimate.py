@@ -5,8 +5,7 @@ two assumptions printed with them: a share of the peak (MFU) and a price.
 
 Memory of a device: fp32 weights and gradients, optimizer state (divided among the devices), and the larger of what the
 backward pass needs (activations, bf16 copies of the weights) and what the optimizer needs. What the eager model saves
-under bf16 autocast was counted; that torch.compile keeps half of it is an assumption (it recomputes norms, rotations
-and activations, and keeps what matrix products made).
+under bf16 autocast was counted; how much of it torch.compile keeps (it recomputes some) was measured on one GPU.
 """
 
 from dataclasses import dataclass
