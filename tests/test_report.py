@@ -7,7 +7,7 @@ from statistics import stdev
 import pytest
 
 from nanochat_hf.configs import ReportConfig
-from nanochat_hf.report import build_report
+from nanochat_hf.report import build_report, sections
 from nanochat_hf.report.formatting import duration, number, quote, table
 from nanochat_hf.report.metrics import compare_arithmetic, sign_test
 from nanochat_hf.report.run_records import RunRecords
@@ -314,3 +314,19 @@ def test_pass_at_k_is_a_table_before_during_and_after():
     assert told.splitlines()[0] == "| Step | pass@1 | pass@2 |" and len(told.splitlines()) == 4
     assert "0.7500" in told.splitlines()[-1]
     assert pass_table(curve[1:]) == []
+
+
+def test_the_report_says_how_models_were_asked(run_dir):
+    kwargs = {"max_gen_toks": 96, "do_sample": False}
+    record = json.loads((run_dir / "eval" / "chatcore_rl.json").read_text())
+    record |= {"model_name": "runs/x/rl", "config": {"model_dtype": "torch.float32"}}
+    record["configs"] = {"letters": {"generation_kwargs": None}, "sums": {"generation_kwargs": kwargs}}
+    (run_dir / "eval" / "chatcore_rl.json").write_text(json.dumps(record))
+    records = RunRecords(run_dir)
+    said = "- model: runs/x/rl\n- dtype: torch.float32\n- temperature: 0.0000\n- max_new_tokens: 96"
+    assert said in sections.chat_evaluation(records, "rl")
+    assert not sections.protocol(records, "chatcore_sft"), "a record without lm-eval's own"
+    base = json.loads((run_dir / "eval" / "base.json").read_text())
+    base["results"]["num_steps"] = 1234
+    (run_dir / "eval" / "base.json").write_text(json.dumps(base))
+    assert "Model: `base` (step 1,234)" in sections.base_evaluation(RunRecords(run_dir))
