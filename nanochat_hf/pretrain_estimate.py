@@ -18,7 +18,7 @@ from .scaling import ScalingPlan
 ASSUMED_MFU = 0.45  # nanochat itself published 48.65% (2025-10, d20) and 47.7% (2026-07, d26), both on 8xH100
 USABLE_MEMORY = 0.92  # the rest: CUDA context, communication buffers, fragmentation
 LAYER_BYTES = {"2026-07": 48, "2025-10": 46}  # saved for the backward pass, a token, layer and channel of the width
-# These two by the peaks of d12 and d20 on one H200, 2026-11-26 (recipes/LOG.md), which they give within 5%.
+# These two by peaks measured on one H200, 2026-11-26 (recipes/LOG.md): at d12, d20 and d24 they give 1% to 7% more.
 COMPILED_SHARE = 0.85
 OUTER_BYTES = {"2026-07": 22, "2025-10": 14}  # the same outside the layers
 LOSS_CHUNK_BYTES = 8192 * 9  # a chunk of logits and its gradient, a row of the vocabulary

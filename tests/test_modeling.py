@@ -44,6 +44,29 @@ def greedy(model, ids, num_tokens, **kwargs):
     return output[:, ids.shape[1] :]
 
 
+@pytest.mark.parametrize("softcap", [15.0, 80.0])
+def test_the_compiled_loss_is_the_plain_one(softcap):
+    """Compiled it takes other operations; three chunks, tokens without a target, logits up to the softcap."""
+    torch.manual_seed(0)
+    hidden, weight = 3 * torch.randn(70, 32), 3 * torch.randn(300, 32)
+    targets = torch.randint(300, (70,))
+    targets[[0, 30, 69]] = -100
+
+    def whole(hidden, weight, targets, softcap, _):
+        logits = softcap * torch.tanh(hidden @ weight.T / softcap)
+        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        return losses.sum(), losses
+
+    found = []
+    for loss in (whole, softcapped_cross_entropy, torch.compile(softcapped_cross_entropy, backend="eager")):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        total, losses = loss(*leaves, targets, softcap, 30)
+        (total / 67).backward()
+        found.append((total.detach(), losses.detach(), *(leaf.grad for leaf in leaves)))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=1e-4, rtol=1e-5)
+
+
 @torch.no_grad()
 def naive_greedy(model, ids, num_tokens):
     """The whole sequence through the model for every token, no cache."""
@@ -301,6 +324,8 @@ def test_chunked_loss_has_the_gradients_of_the_plain_one(any_model):
         ({"layer_types": 4 * ["full_attention"]}, "layer_types=.*the last, with use_smear=True, hybrid"),
         ({"layer_types": 4 * ["hybrid"]}, "layer_types=.*each must be sliding_attention or full_attention"),
         ({"layer_types": 4 * ["sliding_attention"], "architecture": "2025-10"}, "use_smear=False, full_attention"),
+        ({"final_logit_softcapping": 0}, "final_logit_softcapping=0.*at most 80"),
+        ({"final_logit_softcapping": 100.0}, "final_logit_softcapping=100.*at most 80"),
         ({"head_dim": 0}, "head_dim=0"),
         ({"head_dim": -16}, "head_dim=-16"),
         ({"sliding_window": 0}, "sliding_window=0"),

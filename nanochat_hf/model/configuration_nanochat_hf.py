@@ -137,6 +137,8 @@ class NanoChatHFConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         self._derive_head_dim()
         self._derive_windows()
+        if not 0 < self.final_logit_softcapping <= 80:  # the fused loss takes exponentials of the logits as they are
+            raise ValueError(f"final_logit_softcapping={self.final_logit_softcapping} must be above 0 and at most 80")
         if self.tie_word_embeddings:
             raise ValueError("tie_word_embeddings=True is not nanochat: the head is untied; set it to False")
         if not self.use_value_embeddings:  # a rule that names nothing draws a warning

@@ -35,19 +35,14 @@ def rms_norm(x: torch.Tensor, eps: float | None) -> torch.Tensor:
     return F.rms_norm(x, (x.shape[-1],), eps=eps)
 
 
-def linear(in_features: int, out_features: int, initializer: Callable[[torch.Tensor], torch.Tensor]) -> nn.Linear:
-    """A bias-free linear layer that carries its own initializer.
+linear = partial(nn.Linear, bias=False)
+
+
+def initialized(layer: nn.Linear | nn.Embedding, initializer: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """The layer with an initializer of its own.
 
     transformers calls `_init_weights` only for modules that own parameters: a parent cannot do it for its children.
     """
-    layer = nn.Linear(in_features, out_features, bias=False)
-    layer.initializer = initializer
-    return layer
-
-
-def embedding(num_embeddings: int, dim: int, initializer: Callable[[torch.Tensor], torch.Tensor]) -> nn.Embedding:
-    """An embedding that carries its own initializer."""
-    layer = nn.Embedding(num_embeddings, dim)
     layer.initializer = initializer
     return layer
 
@@ -68,17 +63,21 @@ def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
 
 
 def rotary_tables(config: NanoChatHFConfig, position_ids: torch.Tensor, dtype: torch.dtype):
-    """Cosine and sine tables, each (B or 1, 1, T, d/2); computed per call, so there is no buffer to lose."""
+    """Cosine and signed sine tables, each (B or 1, 1, T, d); computed per call, so there is no buffer to lose."""
     channels = torch.arange(0, config.head_dim, 2, device=position_ids.device, dtype=torch.float32)
-    inverse_frequency = 1.0 / (config.rope_parameters["rope_theta"] ** (channels / config.head_dim))
-    angles = position_ids[:, None, :, None].float() * inverse_frequency
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    frequencies = 1.0 / (config.rope_parameters["rope_theta"] ** (channels / config.head_dim))
+    angles = position_ids[:, None, :, None].float() * torch.cat((frequencies, -frequencies))
+    tables = torch.stack((angles.cos(), angles.sin())).to(dtype)
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        # What is viewed with strides has to lie in memory: else every layer's kernels would compute the tables anew.
+        tables = tables.as_strided(tables.shape, tables.stride())
+    return tables.unbind()
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate (B, H, T, d) by minus the angle, halves not interleaved (nanochat's sign, not Llama's)."""
     x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+    return x * cos + torch.cat((x2, x1), dim=-1) * sin
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -103,13 +102,13 @@ class NanoChatHFAttention(nn.Module):
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
         width, q_width = config.hidden_size, config.num_attention_heads * self.head_dim
         kv_width = config.num_key_value_heads * self.head_dim
-        self.q_proj = linear(width, q_width, matrix_initializer(config, width, q_width))
-        self.k_proj = linear(width, kv_width, matrix_initializer(config, width, kv_width))
-        self.v_proj = linear(width, kv_width, matrix_initializer(config, width, kv_width))
-        self.o_proj = linear(q_width, width, init.zeros_)
+        self.q_proj = initialized(linear(width, q_width), matrix_initializer(config, width, q_width))
+        self.k_proj = initialized(linear(width, kv_width), matrix_initializer(config, width, kv_width))
+        self.v_proj = initialized(linear(width, kv_width), matrix_initializer(config, width, kv_width))
+        self.o_proj = initialized(linear(q_width, width), init.zeros_)
         if config.has_value_embedding(layer_idx):
             gate_initializer = partial(init.uniform_, a=0.0, b=0.02)
-            self.ve_gate = linear(VALUE_GATE_CHANNELS, config.num_key_value_heads, gate_initializer)
+            self.ve_gate = initialized(linear(VALUE_GATE_CHANNELS, config.num_key_value_heads), gate_initializer)
 
     def forward(
         self,
@@ -148,8 +147,8 @@ class NanoChatHFMLP(nn.Module):
     def __init__(self, config: NanoChatHFConfig):
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size
-        self.fc1 = linear(width, inner, matrix_initializer(config, width, inner, scale=0.4))
-        self.fc2 = linear(inner, width, init.zeros_)
+        self.fc1 = initialized(linear(width, inner), matrix_initializer(config, width, inner, scale=0.4))
+        self.fc2 = initialized(linear(inner, width), init.zeros_)
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -162,8 +161,7 @@ class NanoChatHFDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: NanoChatHFConfig, layer_idx: int):
         super().__init__()
         self.eps = config.rms_norm_eps
-        self.self_attn = NanoChatHFAttention(config, layer_idx)
-        self.mlp = NanoChatHFMLP(config)
+        self.self_attn, self.mlp = NanoChatHFAttention(config, layer_idx), NanoChatHFMLP(config)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         hidden_states = hidden_states + self.self_attn(rms_norm(hidden_states, self.eps), **kwargs)[0]
@@ -210,18 +208,18 @@ class NanoChatHFModel(NanoChatHFPreTrainedModel):
         super().__init__(config)
         width, num_layers = config.hidden_size, config.num_hidden_layers
         token_std = 0.8 if config.architecture == "2026-07" else 1.0
-        self.embed_tokens = embedding(config.vocab_size, width, partial(init.normal_, std=token_std))
+        self.embed_tokens = initialized(nn.Embedding(config.vocab_size, width), partial(init.normal_, std=token_std))
         self.layers = nn.ModuleList(NanoChatHFDecoderLayer(config, i) for i in range(num_layers))
         if config.use_value_embeddings:
-            bound, kv_width = math.sqrt(3 / width), config.num_key_value_heads * config.head_dim
-            value_table = partial(embedding, config.vocab_size, kv_width, partial(init.uniform_, a=-bound, b=bound))
+            bound, size = math.sqrt(3 / width), (config.vocab_size, config.num_key_value_heads * config.head_dim)
+            uniform = partial(init.uniform_, a=-bound, b=bound)
             value_layers = filter(config.has_value_embedding, range(num_layers))
-            self.value_embeds = nn.ModuleDict({str(i): value_table() for i in value_layers})
+            self.value_embeds = nn.ModuleDict({str(i): initialized(nn.Embedding(*size), uniform) for i in value_layers})
         if config.use_residual_scalars:
             self.resid_lambdas = nn.Parameter(torch.empty(num_layers))
             self.x0_lambdas = nn.Parameter(torch.empty(num_layers))
         if config.use_smear:
-            self.smear_gate = linear(SMEAR_CHANNELS, 1, partial(init.uniform_, a=0.0, b=0.02))
+            self.smear_gate = initialized(linear(SMEAR_CHANNELS, 1), partial(init.uniform_, a=0.0, b=0.02))
             self.smear_lambda = nn.Parameter(torch.empty(1))
         if config.use_backout:
             self.backout_lambda = nn.Parameter(torch.empty(1))
@@ -360,26 +358,28 @@ class SoftcappedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, softcap, chunk_tokens):
         compute_weight = weight.to(hidden.dtype)
-        needs_grad = hidden.requires_grad or weight.requires_grad
+        needs_grad, is_compiling = hidden.requires_grad or weight.requires_grad, torch.compiler.is_compiling()
         losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         if needs_grad:
-            hidden_grad = torch.empty_like(hidden)
-            weight_grad = torch.zeros_like(weight, dtype=torch.float32)
+            hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, hidden.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             h, target = hidden[chunk], targets[chunk, None]
-            used = target != -100
-            target = target.clamp(min=0)
-            saturation = (h @ compute_weight.T).float().div_(softcap).tanh_()  # (chunk, V)
-            logits = saturation * softcap
-            log_normalizer = logits.logsumexp(-1, keepdim=True)
-            losses[chunk] = ((log_normalizer - logits.gather(1, target)) * used).squeeze(1)
+            used, target = target != -100, target.clamp(min=0)
+            saturation = (h @ compute_weight.T).float()  # (chunk, V)
+            if is_compiling:  # a GPU's sigmoid is faster than its tanh; and a compiled gather's offsets may overflow
+                saturation = 2 * torch.sigmoid(saturation * (2 / softcap)) - 1
+                is_target = (torch.arange(weight.shape[0], device=target.device) == target).float()
+                target_saturation = (saturation * is_target).sum(-1, keepdim=True)
+            else:
+                saturation.div_(softcap).tanh_()
+                target_saturation = saturation.gather(1, target)
+            exponentials = (saturation * softcap).exp_()  # softcapped: no maximum has to be taken off first
+            normalizer = exponentials.sum(-1, keepdim=True)
+            losses[chunk] = ((normalizer.log() - target_saturation * softcap) * used).squeeze(1)
             if needs_grad:
-                grad = logits.sub_(log_normalizer).exp_()  # softmax
-                if torch.compiler.is_compiling():  # then this is one kernel with the lines around it
-                    grad = grad - (torch.arange(weight.shape[0], device=grad.device) == target).float()
-                else:
-                    grad.scatter_add_(1, target, torch.full_like(log_normalizer, -1.0))
+                grad = exponentials.div_(normalizer)  # softmax
+                grad = grad - is_target if is_compiling else grad.scatter_add_(1, target, -torch.ones_like(normalizer))
                 grad.mul_(saturation.square_().neg_().add_(1.0)).mul_(used)  # through the softcap
                 grad = grad.to(hidden.dtype)
                 hidden_grad[chunk] = grad @ compute_weight
@@ -427,7 +427,7 @@ class NanoChatHFForCausalLM(NanoChatHFPreTrainedModel, GenerationMixin):
         self.model = NanoChatHFModel(config)
         self.vocab_size = config.vocab_size
         head_initializer = init.zeros_ if config.architecture == "2025-10" else partial(init.normal_, std=0.001)
-        self.lm_head = linear(config.hidden_size, config.vocab_size, head_initializer)
+        self.lm_head = initialized(linear(config.hidden_size, config.vocab_size), head_initializer)
         self.post_init()
 
     def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, **kwargs) -> dict:

@@ -10,6 +10,8 @@ start_line "$@"
 
 stage tokenizer python scripts/train_tokenizer.py --config $recipe/tokenizer.yaml "${text[@]}"
 stage base "${launch[@]}" scripts/pretrain.py --config $recipe/pretrain.yaml "${text[@]}"
+# A midtraining first, which this generation does without (then sft, below, takes --start_from mid):
+# stage mid "${launch[@]}" scripts/sft.py --config $recipe/midtrain.yaml "${chat[@]}" "${exam[@]}"
 stage sft "${launch[@]}" scripts/sft.py --config $recipe/sft.yaml "${chat[@]}" "${exam[@]}"
 stage rl "${launch[@]}" scripts/grpo.py --config $recipe/grpo.yaml
 # Instead of the line above, RL on three kinds of problem:
