@@ -90,7 +90,8 @@ def messages_of(history: list[dict], message: str) -> list[dict]:
             parts = [{"type": "text", "text": text}]
             metadata = entry.get("metadata") or {}
             if metadata.get("title") == TOOL_TITLE:
-                parts = [{"type": "python", "text": metadata.get("log", "")}]
+                call = metadata.get("log")
+                parts = [] if call is None else [{"type": "python", "text": call}]
                 parts += [{"type": "python_output", "text": text}] if text else []
             if messages[-1]["role"] == "user":
                 messages.append({"role": "assistant", "content": []})

@@ -120,6 +120,26 @@ def test_the_history_of_a_browser_is_the_sessions_own(model, tiny_tokenizer):
         history += [{"role": "assistant", "content": m.content, "metadata": m.metadata} for m in shown]
 
 
+def test_an_output_that_no_call_asked_for_replaces_nothing():
+    """A model may write an output span by itself, after text or after a whole call."""
+    shown = []
+    for kind, text in [
+        ("text", "So"),
+        ("tool_output", "4"),
+        ("tool_call", "2+2"),
+        ("tool_output", "4"),
+        ("tool_output", "5"),
+    ]:
+        app.show(shown, app.ChatEvent(kind, text))
+    assert [(m.content, m.metadata.get("log")) for m in shown] == [("So", None), ("4", None), ("4", "2+2"), ("5", None)]
+    history = [{"role": "user", "content": "?"}]
+    history += [{"role": "assistant", "content": m.content, "metadata": m.metadata} for m in shown]
+    parts = service.messages_of(history, "next")[1]["content"]
+    assert [(part["type"], part["text"]) for part in parts] == [
+        ("text", "So"), ("python_output", "4"), ("python", "2+2"), ("python_output", "4"), ("python_output", "5")
+    ]  # fmt: skip
+
+
 def test_a_question_left_unanswered_is_passed_over():
     history = [{"role": "user", "content": "lost"}]
     assert service.messages_of(history, "asked again") == [{"role": "user", "content": "asked again"}]

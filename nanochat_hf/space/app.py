@@ -77,7 +77,10 @@ def show(shown: list[gr.ChatMessage], event: ChatEvent) -> None:
     elif event.kind == "tool_call":
         metadata = {"title": TOOL_TITLE, "log": event.text, "status": "done"}
         shown.append(gr.ChatMessage(role="assistant", content="", metadata=metadata))
-    elif event.kind == "tool_output" and shown:
+    elif event.kind == "tool_output":
+        if not shown or shown[-1].metadata.get("log") is None or shown[-1].content:  # an output that no call asked for
+            metadata = {"title": TOOL_TITLE, "status": "done"}
+            shown.append(gr.ChatMessage(role="assistant", content="", metadata=metadata))
         shown[-1].content = event.text
 
 
