@@ -131,6 +131,9 @@ class EvaluationConfig:
         default=None, metadata={"help": "folder with test rows of ARC, MMLU, GSM8K, HumanEval, beside the mini tasks"}
     )
     limit: int | None = field(default=None, metadata={"help": "items a real task; None = all"})
+    gen_kwargs: str | None = field(
+        default=None, metadata={"help": "lm-eval's, for eval_data: `repetition_penalty=1.2`; None = greedy as nanochat"}
+    )
     run_unsafe_code: bool = field(
         default=False, metadata={"help": "run the programs models write for HumanEval, confined (code_sandbox.py)"}
     )

@@ -227,6 +227,19 @@ def test_the_recipe_writes_a_record_a_model(tmp_path, tiny_model, tiny_tokenizer
     )
 
 
+def test_the_recipes_gen_kwargs_are_for_the_real_tasks(tmp_path, tiny_model, tiny_tokenizer, rows_dir, monkeypatch):
+    for name in ("NUM_CORE_ROWS", "NUM_ARITHMETIC_ROWS", "NUM_CHAT_ROWS"):
+        monkeypatch.setattr(mini_tasks, name, 2)
+    save(tiny_model, tiny_tokenizer, tmp_path / "sft")
+    settings = {"eval_data": str(rows_dir), "limit": 2, "gen_kwargs": "repetition_penalty=1.2"}
+    evaluate(EvaluationConfig(run_dir=str(tmp_path), stages=["sft"], **settings))
+    record = json.loads((tmp_path / "eval" / "chatcore_sft.json").read_text())
+    asked = {task: config.get("generation_kwargs") for task, config in record["configs"].items()}
+    assert asked["chatcore_gsm8k"]["repetition_penalty"] == 1.2 and not asked["chatcore_gsm8k"]["do_sample"]
+    assert "repetition_penalty" not in asked["chatcore_mini_arithmetic"]
+    assert record["settings"]["gen_kwargs"] == "repetition_penalty=1.2"
+
+
 def test_a_sample_leaves_the_trainings_random_numbers_alone(folder, tiny_model, tiny_tokenizer, monkeypatch):
     monkeypatch.setattr(mini_tasks, "NUM_ARITHMETIC_ROWS", 4)
     states = []

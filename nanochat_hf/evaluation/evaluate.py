@@ -57,12 +57,13 @@ def _record_settings(config: EvaluationConfig, stage_name: str) -> dict:
     """What this record depends on."""
     if stage_name == "base":
         return {"stage": stage_name, "core_data": config.core_data, "limit": config.limit}
-    return {
+    settings = {
         "stage": stage_name,
         "eval_data": config.eval_data,
         "limit": config.limit,
         "run_unsafe_code": config.run_unsafe_code,
     }
+    return settings | ({"gen_kwargs": config.gen_kwargs} if config.gen_kwargs else {})
 
 
 def _check(config: EvaluationConfig) -> None:
@@ -102,7 +103,7 @@ def evaluate_model(folder: Path, config: EvaluationConfig, cache: Path, chat: bo
     group = ["chatcore"]
     if not config.run_unsafe_code:
         group = [task for task in manager.load("chatcore")["group_map"]["chatcore"] if task != HUMANEVAL]
-    real_results = run_tasks(lm, manager, group, config.limit, answers)
+    real_results = run_tasks(lm, manager, group, config.limit, answers, config.gen_kwargs)
     real = summarize(real_results, "chatcore", "chatcore")
     if not config.run_unsafe_code:
         real["missing"].append(f"{HUMANEVAL} (needs run_unsafe_code)")
@@ -123,7 +124,12 @@ def results_file(folder: Path, *all_results: dict) -> dict:
 
 
 def run_tasks(
-    lm: NanoChatHFLM, manager: TaskManager, tasks: list[str], limit: int | None, cache: str | None = None
+    lm: NanoChatHFLM,
+    manager: TaskManager,
+    tasks: list[str],
+    limit: int | None,
+    cache: str | None = None,
+    gen_kwargs: str | None = None,
 ) -> dict:
     """lm-eval's results of tasks or groups, items logged; of several processes only the first gets any.
 
@@ -135,6 +141,7 @@ def run_tasks(
         tasks=tasks,
         task_manager=manager,
         limit=limit,
+        gen_kwargs=gen_kwargs,
         bootstrap_iters=1,  # standard errors of means need no bootstrap; 0 would leave them out
         confirm_run_unsafe_code=True,  # HumanEval is among the tasks only when the recipe said run_unsafe_code
         log_samples=True,

@@ -177,10 +177,11 @@ def chat_evaluation(records: RunRecords, stage: str) -> str:
     for task, figures in tasks_of(records, name).items():
         accuracy, items = figures["accuracy"], figures.get("num_items")
         error = number(error_of_share(accuracy, items)) if items else "-"
-        rows.append([task, number(accuracy), error, number(figures.get("centered")), number(items)])
+        centered, in_form = number(figures.get("centered")), number(figures.get("format"))
+        rows.append([task, number(accuracy), error, centered, number(items), in_form])
     mean, stderr = (records.results(name).get(key) for key in ("chatcore", "chatcore_stderr"))
-    rows.append(["ChatCORE metric", "-", number(stderr), number(mean), "-"])
-    header = ["Task", "Accuracy", "Standard error", "Centered", "Problems"]
+    rows.append(["ChatCORE metric", "-", number(stderr), number(mean), "-", "-"])
+    header = ["Task", "Accuracy", "Standard error", "Centered", "Problems", "In form"]
     return "\n\n".join(
         [heading(records, title, name), settings(records, name), protocol(records, name), table(header, rows)]
     )
