@@ -79,7 +79,6 @@ class GraphStep:
         if self.step.smear_gate is not None:
             self.smear_state = torch.zeros(batch, self.step.hidden_size, 1, dtype=self.step.dtype, device=device)
         self.ids, self.positions = torch.zeros_like(ids), torch.ones_like(ids)
-        self.place = torch.arange(self.capacity, device=device)
         self.end = torch.zeros(1, dtype=torch.long, device=device)  # where the next token goes
         self.is_real = torch.ones(batch, self.capacity, dtype=torch.bool, device=device)
         if mask is not None:
@@ -112,27 +111,6 @@ class GraphStep:
 
     def _run(self) -> None:
         with torch.autocast(self.ids.device.type, enabled=False):
-            sees = (self.is_real & (self.place <= self.end))[:, None, None]  # (B, 1, 1, capacity)
-            self.masks = {None: self._additive(sees)}
-            for window in set(self.step.windows) - {None}:
-                self.masks[window] = self._additive(sees & (self.place > self.end - window))
-            self.logits = self.step.compute(self.ids, self.positions, self, self._mask_of)
+            buffers = (self.buffers, self.smear_state, self.end, self.is_real)
+            self.logits = self.step.advance(self.ids, self.positions, *buffers)
             self.end += 1
-
-    def _additive(self, sees: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(sees, dtype=self.step.dtype).masked_fill_(~sees, float("-inf"))
-
-    def _mask_of(self, layer: int, num_keys: int) -> torch.Tensor:
-        return self.masks[self.step.windows[layer]]
-
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> list[torch.Tensor]:
-        """As a cache's: the new key and value (B, K, 1, d) into the buffers, which are returned whole."""
-        for buffer, new in zip(self.buffers[layer], (key, value), strict=True):
-            buffer.index_copy_(2, self.end, new)
-        return self.buffers[layer]
-
-    def update_conv_state(self, state: torch.Tensor, layer: int, conv_kernel_size: int) -> torch.Tensor:
-        """As a cache's: the last embedding and the new one, (B, D, 2)."""
-        states = torch.cat((self.smear_state, state), dim=-1)
-        self.smear_state.copy_(state)
-        return states

@@ -32,6 +32,25 @@ def can_step(model: PreTrainedModel) -> bool:
     )
 
 
+class Buffers:
+    """What a step sees as its cache: buffers of a fixed size, and the place in them that is next."""
+
+    def __init__(self, pairs: list[list[torch.Tensor]], smear_state: torch.Tensor | None, end: torch.Tensor):
+        self.pairs, self.smear_state, self.end = pairs, smear_state, end
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> list[torch.Tensor]:
+        """As a cache's: the new key and value (B, K, 1, d) into the buffers, which are returned whole."""
+        for buffer, new in zip(self.pairs[layer], (key, value), strict=True):
+            buffer.index_copy_(2, self.end, new)
+        return self.pairs[layer]
+
+    def update_conv_state(self, state: torch.Tensor, layer: int, conv_kernel_size: int) -> torch.Tensor:
+        """As a cache's: the last embedding and the new one, (B, D, 2)."""
+        states = torch.cat((self.smear_state, state), dim=-1)
+        self.smear_state.copy_(state)
+        return states
+
+
 class DecodeStep:
     """Reads the weights when made: make it anew after they have changed.
 
@@ -110,6 +129,32 @@ class DecodeStep:
         with torch.autocast(ids.device.type, enabled=False):
             return self.compute(ids, positions, cache, mask_of)
 
+    def advance(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        pairs: list[list[torch.Tensor]],
+        smear_state: torch.Tensor | None,
+        end: torch.Tensor,
+        is_real: torch.Tensor,
+    ) -> torch.Tensor:
+        """As a call, over buffers of keys and values.
+
+        Args:
+            pairs: a layer's keys and values, (B, K, capacity, d) each; written to.
+            smear_state: (B, D, 1) the last embedding, or None without smear; written to.
+            end: (1,) the newest token's place in the buffers.
+            is_real: (B, capacity) False at padding.
+        """
+        place = torch.arange(is_real.shape[1], device=ids.device)
+        sees = (is_real & (place <= end))[:, None, None]  # (B, 1, 1, capacity)
+        masks = {}
+        for window in set(self.windows):
+            in_window = sees if window is None else sees & (place > end - window)
+            masks[window] = torch.zeros_like(sees, dtype=self.dtype).masked_fill_(~in_window, float("-inf"))
+        buffers = Buffers(pairs, smear_state, end)
+        return self.compute(ids, positions, buffers, lambda layer, num_keys: masks[self.windows[layer]])
+
     def compute(self, ids, positions, cache, mask_of: Callable[[int, int], torch.Tensor | None]) -> torch.Tensor:
         """A call without its preparations.
 
@@ -144,13 +189,7 @@ class DecodeStep:
             qk = self._norm(qk, self.qk_scale)
             qk, v = qk[:, :, None], v[:, :, None]  # (B, heads, 1, d)
             k, v = cache.update(qk[:, self.num_heads :], v, i)
-            attended = F.scaled_dot_product_attention(
-                qk[:, : self.num_heads],
-                k,
-                v,
-                attn_mask=mask_of(i, k.shape[2]),
-                enable_gqa=self.num_heads != self.num_kv_heads,
-            )
+            attended = self._attend(qk[:, : self.num_heads], k, v, mask_of(i, k.shape[2]))
             x = torch.addmm(x, attended.view(batch, -1), out)
             x = torch.addmm(x, F.relu(self._norm(x) @ fc1).square_(), fc2)
             if i == self.num_layers // 2:
@@ -162,9 +201,15 @@ class DecodeStep:
             logits = torch.ops.mkldnn._linear_pointwise(x, self.head, None, "none", [], "")
         else:
             logits = F.linear(x, self.head).float()
-        if not self.with_softcap:
-            return logits
+        return self.apply_softcap(logits) if self.with_softcap else logits
+
+    def apply_softcap(self, logits: torch.Tensor) -> torch.Tensor:
+        """In place."""
         return logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        enable_gqa = self.num_heads != self.num_kv_heads
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=enable_gqa)
 
     def _norm(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         """RMSNorm of the last dimension, times `scale`."""

@@ -17,6 +17,7 @@ import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import calculator
+from .decode_compiled import COMPILED
 from .decode_graph import GraphStep
 from .decode_step import DecodeStep, can_step
 from .kv_cache import growing_cache, select_rows
@@ -193,6 +194,7 @@ def decode(
     seen = _seen_tokens(rows, logits) if sampling.repetition_penalty != 1.0 else None
     only_order_matters = not (sampling.temperature or with_logprobs or seen is not None)
     fast_step = graph = None
+    compiled = COMPILED.get(model)  # for one batch size: its rows stay to the end
 
     try:
         for step in range(max_new_tokens):
@@ -209,7 +211,7 @@ def decode(
                 return
             next_ids = torch.tensor(tokens, device=device)
             # Copying the cache costs about as much as a step: rows leave a quarter of the batch at a time.
-            if len(going) <= 0.75 * len(rows):
+            if len(going) <= 0.75 * len(rows) and compiled is None:
                 if graph is not None:
                     graph.store()
                 kept = torch.tensor(going, device=device)
@@ -223,10 +225,12 @@ def decode(
             if mask is not None:
                 mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             if step == 0 and can_step(model):
-                fast_step = DecodeStep(model, with_softcap=not only_order_matters)
-                graph = GraphStep(fast_step, cache) if device.type == "cuda" else None
+                fast_step = compiled or DecodeStep(model, with_softcap=not only_order_matters)
+                graph = GraphStep(fast_step, cache) if compiled or device.type == "cuda" else None
             if graph is not None:
                 logits = graph(next_ids, lengths + step, mask)
+                if compiled is not None and not only_order_matters:
+                    logits = compiled.apply_softcap(logits)
             elif fast_step is not None:
                 logits = fast_step(next_ids, lengths + step, cache, mask)
             else:

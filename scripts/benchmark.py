@@ -1,4 +1,7 @@
-"""Benchmarks: python scripts/benchmark.py pretrain --depth 4 [--any_setting value] [--output FILE]"""
+"""Benchmarks: python scripts/benchmark.py attention|core|decode|grpo|packing|pretrain [--setting value] [--output FILE]
+
+`pretrain --help` lists the settings of one.
+"""
 
 import sys
 
@@ -6,6 +9,8 @@ from nanochat_hf.recipe import run_command
 
 
 def main() -> None:
+    if sys.argv[1:2] in (["--help"], ["-h"]):
+        return print(__doc__)
     from nanochat_hf.benchmark import benchmark  # inside, so that an import error ends as run_command says
 
     benchmark(sys.argv[1:])

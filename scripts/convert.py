@@ -10,6 +10,8 @@ from nanochat_hf.recipe import parse_recipe, run_command
 
 def main() -> None:
     argv = sys.argv[1:]
+    if {"--help", "-h"} & set(argv):
+        print(__doc__ + "\n")
     direction = argv.pop(0) if argv and not argv[0].startswith("-") else None
     convert(direction, parse_recipe(ConvertConfig, argv=argv)[0])
 

@@ -32,18 +32,19 @@ def test_pretrain_sides_do_the_same_work(tmp_path, capsys):
     assert "| eager |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_decode_sides_write_the_same_tokens(tiny_model, tiny_tokenizer, tmp_path, capsys):
     tiny_model.save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     flags = f"--model {tmp_path}/model --prompt_tokens 20 --new_tokens 12 --rounds 1 --output {tmp_path}/out.json"
     benchmark(["decode", *flags.split()])
     figures = json.loads((tmp_path / "out.json").read_text())
-    assert figures["tokens_equal"] is True and figures["compile_seconds"] == 0
+    assert figures["tokens_equal"] is True and figures["compile_seconds"] > 0
     for size in ("1", "16"):
         sides = figures["batches"][size]
         rates = [sides[side]["tokens_per_second"] for side in ("ours", "generate")]
         assert figures[f"speedup_batch_{size}"] == pytest.approx(rates[0] / rates[1])
-        assert sides["generate"]["tokens_equal"] and set(sides) == {"generate", "ours"}
+        assert sides["generate"]["tokens_equal"] and set(sides) == {"generate", "ours", "ours, eager"}
         assert sides["ours"]["tokens_per_second_per_stream"] == pytest.approx(rates[0] / int(size))
         assert 0 < sides["ours"]["first_token_seconds"]
     assert "| 16 | ours |" in capsys.readouterr().out

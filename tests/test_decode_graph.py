@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nanochat_hf import decode_graph
+from nanochat_hf.decode_compiled import compile_decoding
 from nanochat_hf.decode_graph import GraphStep
 from nanochat_hf.decode_step import DecodeStep
 from nanochat_hf.generation import generate_completions
@@ -73,3 +74,24 @@ def test_a_gpu_writes_what_a_cpu_writes(tiny_model, tiny_tokenizer):
     expected = generate_completions(tiny_model, tiny_tokenizer, prompts, 200, **settings)
     completions = generate_completions(tiny_model.cuda(), tiny_tokenizer, prompts, 200, **settings)
     assert [c.token_ids for c in completions] == [c.token_ids for c in expected]
+
+
+@pytest.mark.slow
+def test_compiled_decoding_writes_the_same(tiny_model, tiny_tokenizer):
+    """One row and several, padded, past the short window, greedy and sampled, rows that end early."""
+    prompts = [[0, *range(10, 10 + n)] for n in (3, 140, 3)]
+    many = [
+        (prompts[:1], {}),
+        (prompts, {}),
+        (prompts, {"temperature": 1.0, "top_k": 20, "seed": 3, "repetition_penalty": 1.1}),
+    ]
+    expected = [generate_completions(tiny_model, tiny_tokenizer, p, 60, **settings) for p, settings in many]
+    compile_decoding(tiny_model)
+    for (p, settings), rows in zip(many, expected, strict=True):
+        completions = generate_completions(tiny_model, tiny_tokenizer, p, 60, **settings)
+        assert [c.token_ids for c in completions] == [c.token_ids for c in rows]
+
+
+def test_only_a_plain_fp32_model_is_compiled(tiny_model):
+    with pytest.raises(ValueError, match="in torch.bfloat16 on cpu"):
+        compile_decoding(tiny_model.to(torch.bfloat16))

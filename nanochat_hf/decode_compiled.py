@@ -1,0 +1,118 @@
+"""Decoding on a CPU by compiled code: the whole step in one call, with the weights built in.
+
+A step is hundreds of small operations, and Python's part of each costs as much as the arithmetic. Compiled they become
+a handful of loops, and the matrix products are packed for the very shape. That takes 10 to 60 seconds before the second
+token of every new batch size, so it is asked for: by `compile_decoding`, once a model.
+
+    compile_decoding(model)
+    completions = generate_completions(model, tokenizer, prompts, max_new_tokens=512)
+"""
+
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch._inductor import config as inductor
+from transformers import PreTrainedModel
+
+from .decode_step import DecodeStep, can_step
+
+KEYS_AT_ONCE = 16  # buffers are read up to a multiple of this
+
+
+class CompiledStep(DecodeStep, nn.Module):
+    """A `DecodeStep` over buffers, compiled when it is first called with a batch size.
+
+    A module, and its matrices parameters, for what is built into the code are a module's parameters.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        nn.Module.__init__(self)
+        DecodeStep.__init__(self, model, with_softcap=False)
+        self.packs_head, self.head = False, model.lm_head.weight
+        for i, matrices in enumerate(self.layers):
+            self.layers[i] = tuple(nn.Parameter(matrix.detach(), requires_grad=False) for matrix in matrices)
+            for j, matrix in enumerate(self.layers[i]):
+                self.register_parameter(f"layer_{i}_{j}", matrix)
+        self.compiled, self.batch_sizes = torch.compile(super().advance, dynamic=False, fullgraph=True), set()
+
+    def advance(self, ids, positions, pairs, smear_state, end, is_real) -> torch.Tensor:
+        """As of a `DecodeStep`, but the logits are not softcapped: `apply_softcap`, where more counts than order."""
+        used = -(-(int(end) + 1) // KEYS_AT_ONCE) * KEYS_AT_ONCE
+        pairs = [[buffer[:, :, :used] for buffer in pair] for pair in pairs]
+        is_real = is_real[:, :used]
+        torch._dynamo.mark_dynamic(is_real, 1)
+        for buffer in (buffer for pair in pairs for buffer in pair):
+            torch._dynamo.mark_dynamic(buffer, 2)
+        arguments = (ids, positions, pairs, smear_state, end, is_real)
+        if len(ids) in self.batch_sizes:
+            return self.compiled(*arguments)
+        with inductor.patch(options(len(ids))):  # options of `torch.compile` come too late to decide what is built in
+            logits = self.compiled(*arguments)
+        self.batch_sizes.add(len(ids))
+        return logits
+
+    def _attend(self, q, k, v, mask):
+        """As sums: one query a row is too little for the CPU's attention kernel."""
+        q = q.unflatten(1, (self.num_kv_heads, -1))  # (B, K, heads of one key, 1, d)
+        scores = (q * k[:, :, None]).sum(-1) * self.head_dim**-0.5 + mask
+        return (scores.softmax(-1)[..., None] * v[:, :, None]).sum(-2)
+
+    def _norm(self, x, scale=1.0):
+        return F.rms_norm(x, (x.shape[-1],), eps=self.eps) * scale
+
+
+def options(batch_size: int) -> dict:
+    """Inductor's settings. Of its matrix products its own are the fastest for one row, oneDNN's for several."""
+    common = {"freezing": True, "cpp_wrapper": True}
+    if batch_size == 1:
+        return common | {"max_autotune": True, "max_autotune_gemm_backends": "CPP"}
+    # The cache of compiled graphs cannot hold weights in oneDNN's layout.
+    return common | {"post_grad_custom_post_pass": use_onednn, "fx_graph_cache": False}
+
+
+def use_onednn(graph: fx.Graph) -> None:
+    """Let oneDNN do the products with built-in matrices, which Inductor leaves to MKL: half the time at 16 rows."""
+    aten, linear, module = torch.ops.aten, torch.ops.mkldnn._linear_pointwise.default, graph.owning_module
+    for node in list(graph.nodes):
+        residual = None
+        if str(node.target) == "mkl._mkl_linear" and node.args[3] is None:
+            x, _, weight, *_ = node.args  # the second is packed for MKL
+            is_transposed = False
+        elif node.target in (aten.mm.default, aten.addmm.default):
+            *residuals, x, weight = node.args
+            residual, is_transposed = (residuals or [None])[0], True
+        else:
+            continue
+        matrix = getattr(module, weight.target).detach() if weight.op == "get_attr" else None
+        if matrix is None or matrix.dtype != torch.float32:
+            continue
+        matrix = (matrix.t() if is_transposed else matrix).contiguous()
+        name = f"onednn_{node.name}"
+        setattr(module, name, torch.ops.mkldnn._reorder_linear_weight(matrix))
+        with graph.inserting_before(node):
+            new = graph.call_function(linear, (x, graph.get_attr(name), None, "none", [], ""))
+            new.meta.update(node.meta)
+            if residual is not None:
+                new = graph.call_function(aten.add.Tensor, (new, residual))
+                new.meta.update(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+
+COMPILED: WeakKeyDictionary[PreTrainedModel, CompiledStep] = WeakKeyDictionary()
+
+
+def compile_decoding(model: PreTrainedModel) -> None:
+    """From now on decoding with this model runs compiled, with its weights as they are now.
+
+    Raises:
+        ValueError: another kind of model, or one that is not in fp32 on a CPU.
+    """
+    if not can_step(model) or model.device.type != "cpu" or model.dtype != torch.float32:
+        raise ValueError(
+            f"compiled decoding is for nanochat_hf models in fp32 on a CPU, without adapters or quantised layers; this "
+            f"is {model.config.model_type} in {model.dtype} on {model.device.type}"
+        )
+    COMPILED[model] = CompiledStep(model.eval())
