@@ -184,6 +184,7 @@ class ChatConfig:
     repetition_penalty: float = field(default=1.0, metadata={"help": "above 1, tokens seen before become less likely"})
     max_new_tokens: int = field(default=512, metadata={"help": "longest answer, in tokens"})
     seed: int | None = field(default=None, metadata={"help": "the same seed gives the same answers; none = by chance"})
+    compile: bool = field(default=False, metadata={"help": "on a CPU: answers up to 3x as fast, after half a minute"})
 
 
 @dataclass

@@ -1,13 +1,14 @@
 """Decoding on a CPU by compiled code: the whole step in one call, with the weights built in.
 
 A step is hundreds of small operations, and Python's part of each costs as much as the arithmetic. Compiled they become
-a handful of loops, and the matrix products are packed for the very shape. That takes 10 to 60 seconds before the second
-token of every new batch size, so it is asked for: by `compile_decoding`, once a model.
+a handful of loops, and the matrix products are packed for the very shape. That takes 10 to 60 seconds for every batch
+size, so it is asked for: by `compile_decoding`, once a model.
 
-    compile_decoding(model)
+    compile_decoding(model, batch_sizes=[1])
     completions = generate_completions(model, tokenizer, prompts, max_new_tokens=512)
 """
 
+from collections.abc import Iterable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,7 +17,11 @@ from torch import fx, nn
 from torch._inductor import config as inductor
 from transformers import PreTrainedModel
 
+from .decode_graph import GraphStep
 from .decode_step import DecodeStep, can_step
+from .hardware import has_compiler
+from .kv_cache import growing_cache
+from .onednn import pack
 
 KEYS_AT_ONCE = 16  # buffers are read up to a multiple of this
 
@@ -27,24 +32,26 @@ class CompiledStep(DecodeStep, nn.Module):
     A module, and its matrices parameters, for what is built into the code are a module's parameters.
     """
 
+    can_pack = False  # its own way of packing: `options`
+
     def __init__(self, model: PreTrainedModel):
         nn.Module.__init__(self)
         DecodeStep.__init__(self, model, with_softcap=False)
-        self.packs_head, self.head = False, model.lm_head.weight
+        self.head = model.lm_head.weight
+        self.min_capacity = model.config.max_position_embeddings  # buffers of another capacity: compiled again
         for i, matrices in enumerate(self.layers):
-            self.layers[i] = tuple(nn.Parameter(matrix.detach(), requires_grad=False) for matrix in matrices)
+            self.layers[i] = [nn.Parameter(matrix, requires_grad=False) for matrix in matrices]
             for j, matrix in enumerate(self.layers[i]):
                 self.register_parameter(f"layer_{i}_{j}", matrix)
-        self.compiled, self.batch_sizes = torch.compile(super().advance, dynamic=False, fullgraph=True), set()
+        # Every call checks what the code was made for; of this step itself nothing changes.
+        checks = {"guard_filter_fn": lambda guards: [not guard.name.startswith("L['self']") for guard in guards]}
+        self.compiled = torch.compile(super().advance, dynamic=False, fullgraph=True, options=checks)
+        self.batch_sizes: set[int] = set()
 
     def advance(self, ids, positions, pairs, smear_state, end, is_real) -> torch.Tensor:
         """As of a `DecodeStep`, but the logits are not softcapped: `apply_softcap`, where more counts than order."""
-        used = -(-(int(end) + 1) // KEYS_AT_ONCE) * KEYS_AT_ONCE
-        pairs = [[buffer[:, :, :used] for buffer in pair] for pair in pairs]
-        is_real = is_real[:, :used]
+        is_real = is_real[:, : -(-(int(end) + 1) // KEYS_AT_ONCE) * KEYS_AT_ONCE]
         torch._dynamo.mark_dynamic(is_real, 1)
-        for buffer in (buffer for pair in pairs for buffer in pair):
-            torch._dynamo.mark_dynamic(buffer, 2)
         arguments = (ids, positions, pairs, smear_state, end, is_real)
         if len(ids) in self.batch_sizes:
             return self.compiled(*arguments)
@@ -88,9 +95,9 @@ def use_onednn(graph: fx.Graph) -> None:
         matrix = getattr(module, weight.target).detach() if weight.op == "get_attr" else None
         if matrix is None or matrix.dtype != torch.float32:
             continue
-        matrix = (matrix.t() if is_transposed else matrix).contiguous()
+        matrix = matrix.t() if is_transposed else matrix
         name = f"onednn_{node.name}"
-        setattr(module, name, torch.ops.mkldnn._reorder_linear_weight(matrix))
+        module.register_buffer(name, pack(matrix))
         with graph.inserting_before(node):
             new = graph.call_function(linear, (x, graph.get_attr(name), None, "none", [], ""))
             new.meta.update(node.meta)
@@ -104,15 +111,27 @@ def use_onednn(graph: fx.Graph) -> None:
 COMPILED: WeakKeyDictionary[PreTrainedModel, CompiledStep] = WeakKeyDictionary()
 
 
-def compile_decoding(model: PreTrainedModel) -> None:
+@torch.no_grad()
+def compile_decoding(model: PreTrainedModel, batch_sizes: Iterable[int] = ()) -> None:
     """From now on decoding with this model runs compiled, with its weights as they are now.
 
+    Args:
+        batch_sizes: those to compile for now; for others it happens before their second token.
+
     Raises:
-        ValueError: another kind of model, or one that is not in fp32 on a CPU.
+        ValueError: another kind of model, or one that is not in fp32 on a CPU; no C++ compiler.
     """
     if not can_step(model) or model.device.type != "cpu" or model.dtype != torch.float32:
         raise ValueError(
             f"compiled decoding is for nanochat_hf models in fp32 on a CPU, without adapters or quantised layers; this "
             f"is {model.config.model_type} in {model.dtype} on {model.device.type}"
         )
-    COMPILED[model] = CompiledStep(model.eval())
+    if not has_compiler():
+        raise ValueError(
+            "compiled decoding needs a C++ compiler (Debian: apt install g++; or set CXX), or do without it"
+        )
+    step = COMPILED[model] = CompiledStep(model.eval())
+    for batch_size in batch_sizes:
+        cache, ids = growing_cache(model.config), torch.zeros(batch_size, 1, dtype=torch.long)
+        model(ids, past_key_values=cache, use_cache=True)
+        GraphStep(step, cache)(ids[:, 0], torch.ones_like(ids[:, 0]), None)

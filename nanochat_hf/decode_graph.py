@@ -16,7 +16,6 @@ from transformers import Cache
 
 from .decode_step import DecodeStep
 
-MIN_CAPACITY = 256  # tokens; doubled when they are used up
 RECORDING = Lock()  # a process records one graph at a time
 
 
@@ -46,11 +45,11 @@ class GraphStep:
             self._allocate(ids, mask)
             self._record()
             self._load()
-        self.ids.copy_(ids)
-        self.positions.copy_(positions)
         if self.graph is None:
-            self._run()
+            self._run(ids, positions)
         else:
+            self.ids.copy_(ids)
+            self.positions.copy_(positions)
             self.graph.replay()
         self.num_seen += 1
         return self.logits
@@ -67,7 +66,7 @@ class GraphStep:
 
     def _allocate(self, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
         batch, device = len(ids), ids.device
-        self.capacity = max(MIN_CAPACITY, 1 << self.num_seen.bit_length())  # a power of two, more than seen
+        self.capacity = max(self.step.min_capacity, 1 << self.num_seen.bit_length())  # a power of two, more than seen
         self.buffers = [
             [
                 x.new_zeros(batch, x.shape[1], self.capacity, x.shape[3], dtype=self.step.dtype)
@@ -92,11 +91,11 @@ class GraphStep:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # libraries allocate what they need before anything is recorded
-                self._run()
+                self._run(self.ids, self.positions)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # other chats may go on
-                self._run()
+                self._run(self.ids, self.positions)
         self.graph = graph
 
     def _load(self) -> None:
@@ -109,8 +108,8 @@ class GraphStep:
             self.smear_state.copy_(states[:, :, -2:-1])
         self.end.fill_(self.num_seen)
 
-    def _run(self) -> None:
-        with torch.autocast(self.ids.device.type, enabled=False):
+    def _run(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
+        with torch.autocast(ids.device.type, enabled=False):
             buffers = (self.buffers, self.smear_state, self.end, self.is_real)
-            self.logits = self.step.advance(self.ids, self.positions, *buffers)
+            self.logits = self.step.advance(ids, positions, *buffers)
             self.end += 1

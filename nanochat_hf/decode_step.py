@@ -17,6 +17,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from .model.modeling_nanochat_hf import SMEAR_CHANNELS, VALUE_GATE_CHANNELS
+from .onednn import MIN_PACKED, has_onednn, multiply, pack
 
 
 def can_step(model: PreTrainedModel) -> bool:
@@ -35,14 +36,16 @@ def can_step(model: PreTrainedModel) -> bool:
 class Buffers:
     """What a step sees as its cache: buffers of a fixed size, and the place in them that is next."""
 
-    def __init__(self, pairs: list[list[torch.Tensor]], smear_state: torch.Tensor | None, end: torch.Tensor):
-        self.pairs, self.smear_state, self.end = pairs, smear_state, end
+    def __init__(
+        self, pairs: list[list[torch.Tensor]], smear_state: torch.Tensor | None, end: torch.Tensor, num_used: int
+    ):
+        self.pairs, self.smear_state, self.end, self.num_used = pairs, smear_state, end, num_used
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> list[torch.Tensor]:
-        """As a cache's: the new key and value (B, K, 1, d) into the buffers, which are returned whole."""
+        """As a cache's: the new key and value (B, K, 1, d) into the buffers, whose used part is returned."""
         for buffer, new in zip(self.pairs[layer], (key, value), strict=True):
             buffer.index_copy_(2, self.end, new)
-        return self.pairs[layer]
+        return [buffer[:, :, : self.num_used] for buffer in self.pairs[layer]]
 
     def update_conv_state(self, state: torch.Tensor, layer: int, conv_kernel_size: int) -> torch.Tensor:
         """As a cache's: the last embedding and the new one, (B, D, 2)."""
@@ -58,9 +61,13 @@ class DecodeStep:
 
     Args:
         with_softcap: without, logits keep their order and not their size: enough to find the likeliest.
+        num_rows: about so many rows will be decoded together.
     """
 
-    def __init__(self, model: PreTrainedModel, with_softcap: bool = True):
+    can_pack = True
+    min_capacity = 256  # tokens that `advance`'s buffers hold at first; doubled when they are used up
+
+    def __init__(self, model: PreTrainedModel, with_softcap: bool = True, num_rows: int = 1):
         # What a step needs of the configuration is read once: transformers looks every attribute up twice.
         config, self.with_softcap = model.config, with_softcap
         self.softcap, self.qk_scale, self.head_dim = config.final_logit_softcapping, config.qk_scale, config.head_dim
@@ -70,10 +77,10 @@ class DecodeStep:
         self.dtype = torch.get_autocast_dtype(device) if autocast else model.dtype
         backbone = model.model
         self.embedding = backbone.embed_tokens.weight
-        self.head = model.lm_head.weight.detach().to(self.dtype)
-        self.packs_head = device == "cpu" and self.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-        if self.packs_head:  # oneDNN's own layout: 3 to 5 times the speed of a plain product with few rows, on AVX2
-            self.head = torch.ops.mkldnn._reorder_linear_weight(self.head)
+        self.min_packed = None  # elements of a matrix from which on oneDNN multiplies by it
+        if self.can_pack and has_onednn(model.device, self.dtype):
+            self.min_packed = MIN_PACKED if num_rows == 1 else 0
+        self.head = self._packed(model.lm_head.weight)
         self.eps = config.rms_norm_eps
         eps = torch.finfo(self.dtype).eps if self.eps is None else self.eps
         self.floors = {width: torch.tensor((width * eps) ** 0.5) for width in (config.hidden_size, config.head_dim)}
@@ -93,18 +100,29 @@ class DecodeStep:
             backbone.value_embeds[str(i)].weight if config.has_value_embedding(i) else None
             for i in range(config.num_hidden_layers)
         ]
-        self.layers = [self._layer_weights(layer) for layer in backbone.layers]
+        self.layers = [[self._packed(matrix) for matrix in self._layer_weights(layer)] for layer in backbone.layers]
         self.windows = [layer.self_attn.sliding_window for layer in backbone.layers]
 
     def _layer_weights(self, layer: nn.Module) -> tuple[torch.Tensor, ...]:
-        """q, k, v and value gate as one matrix (out, D); o, fc1 and fc2 as (in, out)."""
+        """Four matrices (out, in): q, k, v and value gate as one, o, fc1 and fc2."""
         attention = layer.self_attn
         joint = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
         if hasattr(attention, "ve_gate"):  # it reads the first channels only
             gate = attention.ve_gate.weight
             joint.append(F.pad(gate, (0, self.hidden_size - VALUE_GATE_CHANNELS)))
-        others = (attention.o_proj, layer.mlp.fc1, layer.mlp.fc2)
-        return torch.cat(joint).to(self.dtype), *(linear.weight.to(self.dtype).t() for linear in others)
+        return torch.cat(joint), *(linear.weight for linear in (attention.o_proj, layer.mlp.fc1, layer.mlp.fc2))
+
+    def _packed(self, matrix: torch.Tensor) -> torch.Tensor:
+        """A matrix as `_multiply` takes it."""
+        matrix = matrix.detach().to(self.dtype)
+        return matrix if self.min_packed is None or matrix.numel() < self.min_packed else pack(matrix)
+
+    def _multiply(self, x: torch.Tensor, matrix: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
+        """x (B, in) by a matrix (out, in), `plus` (B, out) added."""
+        if matrix.is_mkldnn:
+            product = multiply(x, matrix)
+            return product if plus is None else product.add_(plus)
+        return F.linear(x, matrix) if plus is None else torch.addmm(plus, x, matrix.t())
 
     def __call__(
         self, ids: torch.Tensor, positions: torch.Tensor, cache: Cache, mask: torch.Tensor | None
@@ -144,7 +162,7 @@ class DecodeStep:
             pairs: a layer's keys and values, (B, K, capacity, d) each; written to.
             smear_state: (B, D, 1) the last embedding, or None without smear; written to.
             end: (1,) the newest token's place in the buffers.
-            is_real: (B, capacity) False at padding.
+            is_real: (B, used) False at padding; the buffers are read so far.
         """
         place = torch.arange(is_real.shape[1], device=ids.device)
         sees = (is_real & (place <= end))[:, None, None]  # (B, 1, 1, capacity)
@@ -152,7 +170,7 @@ class DecodeStep:
         for window in set(self.windows):
             in_window = sees if window is None else sees & (place > end - window)
             masks[window] = torch.zeros_like(sees, dtype=self.dtype).masked_fill_(~in_window, float("-inf"))
-        buffers = Buffers(pairs, smear_state, end)
+        buffers = Buffers(pairs, smear_state, end, is_real.shape[1])
         return self.compute(ids, positions, buffers, lambda layer, num_keys: masks[self.windows[layer]])
 
     def compute(self, ids, positions, cache, mask_of: Callable[[int, int], torch.Tensor | None]) -> torch.Tensor:
@@ -177,7 +195,7 @@ class DecodeStep:
             if self.scalars is not None:
                 resid_scale, x0_scale = self.scalars[i]
                 x = (x0 * x0_scale).add_(x, alpha=resid_scale)
-            projected = F.linear(self._norm(x), joint)
+            projected = self._multiply(self._norm(x), joint)
             qk = projected[:, :qk_width].view(batch, num_qk, head_dim)
             v = projected[:, qk_width : qk_width + kv_width].view(batch, self.num_kv_heads, head_dim)
             if self.value_embeddings[i] is not None:
@@ -190,17 +208,13 @@ class DecodeStep:
             qk, v = qk[:, :, None], v[:, :, None]  # (B, heads, 1, d)
             k, v = cache.update(qk[:, self.num_heads :], v, i)
             attended = self._attend(qk[:, : self.num_heads], k, v, mask_of(i, k.shape[2]))
-            x = torch.addmm(x, attended.view(batch, -1), out)
-            x = torch.addmm(x, F.relu(self._norm(x) @ fc1).square_(), fc2)
+            x = self._multiply(attended.view(batch, -1), out, plus=x)
+            x = self._multiply(F.relu(self._multiply(self._norm(x), fc1)).square_(), fc2, plus=x)
             if i == self.num_layers // 2:
                 x_middle = x
         if self.backout:
             x = torch.add(x, x_middle, alpha=-self.backout)
-        x = self._norm(x)
-        if self.packs_head:
-            logits = torch.ops.mkldnn._linear_pointwise(x, self.head, None, "none", [], "")
-        else:
-            logits = F.linear(x, self.head).float()
+        logits = self._multiply(self._norm(x), self.head).float()
         return self.apply_softcap(logits) if self.with_softcap else logits
 
     def apply_softcap(self, logits: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from .decode_compiled import COMPILED
 from .decode_graph import GraphStep
 from .decode_step import DecodeStep, can_step
 from .kv_cache import growing_cache, select_rows
+from .onednn import onednn_products
 from .sampling import Sampling, pick_tokens, row_uniforms
 from .tokenizer import encode_text
 
@@ -225,7 +226,7 @@ def decode(
             if mask is not None:
                 mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             if step == 0 and can_step(model):
-                fast_step = compiled or DecodeStep(model, with_softcap=not only_order_matters)
+                fast_step = compiled or DecodeStep(model, not only_order_matters, len(rows))
                 graph = GraphStep(fast_step, cache) if compiled or device.type == "cuda" else None
             if graph is not None:
                 logits = graph(next_ids, lengths + step, mask)
@@ -266,7 +267,8 @@ def _read_prompts(rows: list[Row], model: PreTrainedModel, cache: Cache) -> tupl
         mask[i, longest - len(prompt) :] = 1
     position_ids = (mask.cumsum(1) - 1).clamp_(min=0)[:, num_cached:].to(model.device)
     ids, mask = ids[:, num_cached:].to(model.device), mask.to(model.device)
-    logits = _forward(model, ids, None if mask.all() else mask, position_ids, cache)
+    with onednn_products(model):
+        logits = _forward(model, ids, None if mask.all() else mask, position_ids, cache)
     if len(distinct) < len(rows):
         index = torch.tensor(place, device=model.device)
         select_rows(cache, index)

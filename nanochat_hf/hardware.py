@@ -29,6 +29,17 @@ def supports_bf16(device: torch.device) -> bool:
     return False
 
 
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler, without which `torch.compile` makes nothing, for a GPU neither."""
+    from torch._inductor.cpp_builder import get_cpp_compiler  # takes a second to import
+
+    try:
+        get_cpp_compiler()
+    except RuntimeError:
+        return False
+    return True
+
+
 def peak_flops(device: torch.device) -> float | None:
     """The device's dense bf16 peak in FLOP/s, None where it is not known (every CPU)."""
     if device.type != "cuda":

@@ -7,6 +7,7 @@ from .attention import use_row_attention
 from .configs import PretrainConfig
 from .fp8 import convert_to_fp8
 from .fsdp import shard_model, wants_fsdp
+from .hardware import has_compiler
 from .pretrain_plan import model_config
 from .scaling import ScalingPlan
 
@@ -19,7 +20,7 @@ def build_model(
     """A new model on the accelerator's device, and whether the training step should compile it.
 
     Raises:
-        ValueError: `fp8` on a device without it, or without torchao.
+        ValueError: `fp8` on a device without it, or without torchao; `compile` without a C++ compiler.
     """
     device = accelerator.device
     model = NanoChatHFForCausalLM(model_config(plan, config, tokenizer))
@@ -28,7 +29,9 @@ def build_model(
         convert_to_fp8(model, device)
     should_compile = config.compile
     if should_compile is None:
-        should_compile = device.type == "cuda" or plan.total_flops > CPU_COMPILE_FLOPS
+        should_compile = has_compiler() and (device.type == "cuda" or plan.total_flops > CPU_COMPILE_FLOPS)
+    elif should_compile and not has_compiler():
+        raise ValueError("`compile: true` needs a C++ compiler (Debian: apt install g++; or set CXX); or leave it out")
     if wants_fsdp(accelerator):
         shard_model(model, accelerator, should_compile)
         return model, False  # its layers are

@@ -17,6 +17,7 @@ import transformers
 
 from .chat import ChatSession, load_chat_model
 from .configs import ChatConfig
+from .decode_compiled import compile_decoding
 from .recipe import nearest
 from .sampling import Sampling
 
@@ -57,6 +58,9 @@ class Terminal:
         self.sampling = sampling_of(self.config)
         self.seed = secrets.randbits(32) if self.config.seed is None else self.config.seed
         self.model, self.tokenizer = load_chat_model(self.config.model)
+        if self.config.compile:
+            print("(compiling)", file=sys.stderr, flush=True)
+            compile_decoding(self.model, batch_sizes=[1])
         self.dim, self.plain = ("\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "")
         self.clear()
 
@@ -140,13 +144,17 @@ class Terminal:
         return commands[name](argument.strip())
 
     def _set(self, name: str, number: type, value: str) -> str:
+        now = f"{getattr(self.sampling, name) or 0:g}"
+        if not value:
+            return f"({name} is {now})"
         try:
             chosen = number(value)
+        except ValueError:
+            return f"({name} stays {now}: {value!r} is not {'a whole number' if number is int else 'a number'})"
+        try:
             self.sampling = replace(self.sampling, **{name: (chosen or None) if name == "top_k" else chosen})
         except ValueError as error:
-            if not value:
-                return f"({name} is {getattr(self.sampling, name) or 0:g})"
-            return f"({name} stays {getattr(self.sampling, name) or 0:g}: {error})"
+            return f"({name} stays {now}: {error})"
         return f"({name} = {chosen:g})"
 
     def _save(self, name: str) -> str:

@@ -12,7 +12,7 @@ class ScriptedModel:
     As the history lives in the cache's keys, a row that got another row's cache would go wrong at once.
     """
 
-    device, training = torch.device("cpu"), False
+    device, dtype, training = torch.device("cpu"), torch.float32, False
 
     def __init__(self, vocab_size, next_token, context_tokens):
         self.config = LlamaConfig(num_hidden_layers=1, vocab_size=vocab_size, max_position_embeddings=context_tokens)

@@ -3,10 +3,12 @@
 On a GPU as a graph, on a CPU the same code unrecorded.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
-from nanochat_hf import decode_graph
+from nanochat_hf import decode_compiled
 from nanochat_hf.decode_compiled import compile_decoding
 from nanochat_hf.decode_graph import GraphStep
 from nanochat_hf.decode_step import DecodeStep
@@ -36,7 +38,7 @@ def read(model, ids, mask):
 @torch.no_grad()
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_growing_caches_logits(device, tiny_model, padded, monkeypatch):
-    monkeypatch.setattr(decode_graph, "MIN_CAPACITY", 4)
+    monkeypatch.setattr(DecodeStep, "min_capacity", 4)
     model = tiny_model.to(device)
     ids, mask = (x.to(device) for x in padded)
     lengths, num_steps, leaving_at = mask.sum(1), 120, 20
@@ -86,12 +88,25 @@ def test_compiled_decoding_writes_the_same(tiny_model, tiny_tokenizer):
         (prompts, {"temperature": 1.0, "top_k": 20, "seed": 3, "repetition_penalty": 1.1}),
     ]
     expected = [generate_completions(tiny_model, tiny_tokenizer, p, 60, **settings) for p, settings in many]
-    compile_decoding(tiny_model)
+    compile_decoding(tiny_model, batch_sizes=[1])
+
+    def write(p, settings):
+        return [c.token_ids for c in generate_completions(tiny_model, tiny_tokenizer, p, 60, **settings)]
+
     for (p, settings), rows in zip(many, expected, strict=True):
-        completions = generate_completions(tiny_model, tiny_tokenizer, p, 60, **settings)
-        assert [c.token_ids for c in completions] == [c.token_ids for c in rows]
+        assert write(p, settings) == [c.token_ids for c in rows]
+    with ThreadPoolExecutor(3) as pool:  # as in the Space: several answers at once
+        written = pool.map(lambda prompt: write([prompt], {}), [prompts[1]] * 6)
+        assert all(rows == [expected[1][1].token_ids] for rows in written)
 
 
 def test_only_a_plain_fp32_model_is_compiled(tiny_model):
     with pytest.raises(ValueError, match="in torch.bfloat16 on cpu"):
         compile_decoding(tiny_model.to(torch.bfloat16))
+
+
+def test_compiling_needs_a_compiler(tiny_model, monkeypatch):
+    monkeypatch.setattr(decode_compiled, "has_compiler", lambda: False)
+    with pytest.raises(ValueError, match="apt install g"):
+        compile_decoding(tiny_model)
+    assert tiny_model not in decode_compiled.COMPILED

@@ -13,8 +13,8 @@ PACKAGE = ROOT / "nanochat_hf"
 FLOORS = [
     "configs configs_post_training scaling recipe stage hardware",
     "model chat_format chat_templates tokenizer tokenizer_texts interop_tokenizer",
-    "calculator sampling kv_cache decode_step decode_graph decode_compiled rewards optim_shards optim_state muon optim "
-    "fsdp attention fp8 training_step data generation checkpoint evaluation tokenizer_evaluation",
+    "calculator sampling kv_cache onednn decode_step decode_graph decode_compiled rewards optim_shards optim_state "
+    "muon optim fsdp attention fp8 training_step data generation checkpoint evaluation tokenizer_evaluation",
     "code_reward trl_callbacks trl_stage rollouts",
     "tokenizer_training pretrain sft dpo grpo chat report hub interop benchmark",
 ]

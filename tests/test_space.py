@@ -47,6 +47,13 @@ def url(model, tiny_tokenizer):
         interface.close()
 
 
+def test_a_model_that_cannot_be_compiled_says_so(model, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(app, "load_chat_model", lambda name: (model, tiny_tokenizer))
+    monkeypatch.setenv("COMPILE", "1")
+    with pytest.raises(ValueError, match="compiled decoding is for nanochat_hf models"):
+        app.build_app(["someone/model"])
+
+
 def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -59,6 +59,7 @@ def test_commands_change_the_settings_and_say_so(typed):
 def test_wrong_commands_explain_themselves_and_change_nothing(typed):
     shown = typed("/temperature hot", "/temperature -1", "/topk 1.5", "/tempreature 1", "/temp 1")
     assert shown.count("stays") == 3 and shown.count("did you mean /temperature?") == 2
+    assert "'hot' is not a number" in shown and "'1.5' is not a whole number" in shown
     assert typed.terminal.sampling == terminal.sampling_of(ChatConfig())
 
 
@@ -112,6 +113,23 @@ def test_one_prompt_gives_the_bare_answer(model, tiny_tokenizer, monkeypatch, ca
     assert capsys.readouterr().out == "It is <<6*7=42>> sure.\n"
     with pytest.raises(ValueError, match="nothing to answer"):
         chat(ChatConfig(prompt="  "))
+
+
+def test_a_model_that_cannot_be_compiled_says_so(typed):
+    with pytest.raises(ValueError, match="compiled decoding is for nanochat_hf models"):
+        typed(compile=True)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_answers_the_same(tiny_model, tiny_tokenizer, tmp_path, capsys):
+    tiny_model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    answers = []
+    for compiled in (False, True):
+        chat(ChatConfig(model=str(tmp_path), prompt="Hi there", seed=1, max_new_tokens=40, compile=compiled))
+        answers.append(capsys.readouterr())
+    assert answers[0].out == answers[1].out and answers[0].out.strip()
+    assert answers[1].err.startswith("(compiling)")
 
 
 def test_control_characters_of_a_model_do_not_reach_the_terminal():

@@ -1,9 +1,9 @@
 """Log-likelihoods of continuations, fast: what CORE, and any lm-eval multiple choice task, spends its time on.
 
-Five levers, none of which changes a score: a context that several continuations share runs once and its cache is
+Six levers, none of which changes a score: a context that several continuations share runs once and its cache is
 reused; contexts whose continuations differ in the last token only run once altogether; batches are sorted by length
 and filled to a budget of tokens; the head runs only where a token is scored; and of the last layer, contexts need keys
-and values alone, so their forward pass stops there.
+and values alone, so their forward pass stops there; on a CPU oneDNN does the products in fp32.
 
     score_continuations(model, [(context_ids, continuation_ids), ...])
 """
@@ -16,6 +16,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, modeling_utils
 
 from ..kv_cache import select_rows
+from ..onednn import onednn_products
 
 HEADS_TAKE_MASKS = hasattr(modeling_utils, "slice_logits_to_keep")  # not yet in transformers 5.17
 MIN_SHARED_TOKENS = 8  # below this a second forward costs more than the shared tokens save
@@ -75,7 +76,7 @@ def score_continuations(
         max_batch_tokens = 1024 if model.device.type == "cpu" else 65536
     answers: list[tuple[float, bool] | None] = [None] * len(requests)
     families = _families(requests, max_length)
-    with torch.inference_mode():
+    with torch.inference_mode(), onednn_products(model):
         for batch in _batches(families, max_batch_tokens, model.config.get_text_config().vocab_size):
             logits = _shared_logits(model, batch) if batch[0].prefix else _single_logits(model, batch)
             rows = [row for family in batch for row in family.rows]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..evaluation.noise import error_of_share
 from .metrics import tasks_of
 from .published import CORE as PUBLISHED_CORE
 from .published import NAME as PUBLISHED_NAME
@@ -42,7 +43,7 @@ def draw_plots(records: RunRecords) -> dict[str, str]:
             drawn[title] = f"plots/{stem}.png"
     tasks = tasks_of(records, "core")
     if tasks:
-        draw_core(folder / "core_by_task.png", {name: task["centered"] for name, task in tasks.items()})
+        draw_core(folder / "core_by_task.png", tasks)
         drawn["CORE by task"] = "plots/core_by_task.png"
     return drawn
 
@@ -74,11 +75,17 @@ def draw_curves(path: Path, title: str, label: str, curves: dict[str, list[tuple
     plt.close(figure)
 
 
-def draw_core(path: Path, centered: dict[str, float]) -> None:
-    """Centered score a task, the published d20's beside ours where it is the same task."""
+def draw_core(path: Path, tasks: dict[str, dict]) -> None:
+    """Centered score a task with its standard error, the published d20's beside ours where it is the same task."""
     import matplotlib.pyplot as plt
 
-    names = sorted(centered, key=lambda name: centered[name])
+    names = sorted(tasks, key=lambda name: tasks[name]["centered"])
+    scores = [tasks[name]["centered"] for name in names]
+    errors = [
+        error_of_share(task["accuracy"], task.get("num_items", 0)) / (1 - (task.get("baseline") or 0.0))
+        for task in (tasks[name] for name in names)
+    ]
+    ours = {"color": LINE_COLOR, "xerr": errors, "error_kw": {"elinewidth": 0.8, "ecolor": "#60656d"}}
     published = {
         name: PUBLISHED_CORE[name.removeprefix("core_")]
         for name in names
@@ -94,15 +101,13 @@ def draw_core(path: Path, centered: dict[str, float]) -> None:
             color=OTHER_COLOR,
             label=PUBLISHED_NAME,
         )
-        axis.barh(
-            [row + 0.2 for row in rows], [centered[name] for name in names], 0.38, color=LINE_COLOR, label="this run"
-        )
+        axis.barh([row + 0.2 for row in rows], scores, 0.38, label="this run", **ours)
         axis.legend(frameon=False, loc="lower right")
     else:
-        axis.barh(rows, [centered[name] for name in names], 0.6, color=LINE_COLOR)
+        axis.barh(rows, scores, 0.6, **ours)
     axis.axvline(0, color="#60656d", linewidth=0.8)
     axis.set_yticks(list(rows), [name.removeprefix("core_") for name in names])
-    axis.set(title="CORE by task", xlabel="centered score: 0 = guessing, 1 = all right")
+    axis.set(title="CORE by task", xlabel="centered score with its standard error: 0 = guessing, 1 = all right")
     axis.grid(axis="x", color="#e6e8eb", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)

@@ -57,8 +57,8 @@ RESULTS: dict[str, list[tuple[str, str, Callable]]] = {
     "rl": [
         ("num_problems", "Training problems", number),
         ("num_steps", "Number of iterations", number),
-        ("reward_first", "Reward at the start", number),
-        ("reward_last", "Reward at the end", number),
+        ("reward_first", "Mean reward of the first three steps", number),
+        ("reward_last", "Mean reward of the last three steps", number),
         ("uniform_groups", "Questions whose answers all got the same reward", percent),
         ("empty_groups", "Questions whose answers were all empty", percent),
     ],

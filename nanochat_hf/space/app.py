@@ -40,6 +40,7 @@ from nanochat_hf.chat_service import (
     messages_of,
     run_command,
 )
+from nanochat_hf.decode_compiled import compile_decoding
 from nanochat_hf.sampling import Sampling
 from nanochat_hf.streaming import ChatEvent
 
@@ -97,9 +98,12 @@ def build_app(model_ids: list[str]) -> gr.Blocks:
         model_ids: Hub ids or model folders; the first is chosen at the start.
 
     Raises:
-        ValueError: a model cannot be loaded.
+        ValueError: a model cannot be loaded, or not be compiled where COMPILE asks for it.
     """
     models = {display_name(model_id): load_chat_model(model_id) for model_id in model_ids}
+    if os.environ.get("COMPILE") == "1":
+        for model, _ in models.values():
+            compile_decoding(model, batch_sizes=[1])
     sessions = KeptSessions(models)
     rate_limit = RateLimit(int(os.environ.get("MESSAGES_PER_MINUTE", "20")))
 

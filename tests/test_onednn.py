@@ -1,0 +1,54 @@
+"""Products by oneDNN: the same numbers as PyTorch's own, and only where they are meant to be."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanochat_hf import onednn
+from nanochat_hf.onednn import has_onednn, multiply, onednn_products, pack
+
+pytestmark = pytest.mark.skipif(
+    not has_onednn(torch.device("cpu"), torch.float32), reason="this PyTorch has no oneDNN (mkldnn)"
+)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [(1,), (3,), (17,), (2, 40)])
+def test_a_packed_matrix_gives_the_same_product(rows):
+    x, matrix = torch.randn(*rows, 48), torch.randn(100, 48)
+    expected = F.linear(x, matrix)
+    torch.testing.assert_close(multiply(x, pack(matrix)), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(multiply(x, matrix), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The inputs' shapes that oneDNN multiplied."""
+    shapes = []
+    monkeypatch.setattr(onednn, "multiply", lambda x, matrix: shapes.append(tuple(x.shape)) or multiply(x, matrix))
+    return shapes
+
+
+@torch.no_grad()
+def test_a_models_logits_are_the_same(tiny_model, calls):
+    tiny_model.eval()
+    ids = torch.randint(tiny_model.config.vocab_size, (2, 20))
+    expected = tiny_model(ids).logits
+    assert not calls
+    with onednn_products(tiny_model):
+        logits = tiny_model(ids).logits
+    assert len(calls) > 6 * tiny_model.config.num_hidden_layers
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-5)
+
+
+def test_gradients_autocast_few_rows_and_biases_stay_with_pytorch(tiny_model, calls):
+    ids = torch.randint(tiny_model.config.vocab_size, (2, 20))
+    with onednn_products(tiny_model):
+        tiny_model(ids, labels=ids).loss.backward()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), onednn_products(tiny_model):
+        tiny_model(ids)
+    with torch.no_grad(), onednn_products(tiny_model):
+        tiny_model(ids[:1, :3])
+        F.linear(torch.randn(40, 8), torch.randn(8, 8), torch.randn(8))
+        F.linear(torch.randn(40, 8).bfloat16(), torch.randn(8, 8).bfloat16())
+    assert not calls
