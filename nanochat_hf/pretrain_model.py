@@ -29,9 +29,12 @@ def build_model(
         convert_to_fp8(model, device)
     should_compile = config.compile
     if should_compile is None:
-        should_compile = has_compiler() and (device.type == "cuda" or plan.total_flops > CPU_COMPILE_FLOPS)
-    elif should_compile and not has_compiler():
-        raise ValueError("`compile: true` needs a C++ compiler (Debian: apt install g++; or set CXX); or leave it out")
+        should_compile = device.type == "cuda" or plan.total_flops > CPU_COMPILE_FLOPS
+    if should_compile and not has_compiler():
+        if config.compile:
+            raise ValueError("`compile: true` needs a C++ compiler (Debian: apt install g++; or set CXX); or leave it out")
+        accelerator.print("not compiled, and slower for it: there is no C++ compiler (Debian: apt install g++)")
+        should_compile = False
     if wants_fsdp(accelerator):
         shard_model(model, accelerator, should_compile)
         return model, False  # its layers are

@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_runs import curve, small_run
 
-from nanochat_hf import NanoChatHFForCausalLM, pretrain, training_step
+from nanochat_hf import NanoChatHFForCausalLM, pretrain, pretrain_model, training_step
 from nanochat_hf.checkpoint import load_model
 from nanochat_hf.configs import PretrainConfig
 from nanochat_hf.pretrain_estimate import describe_plan
@@ -141,6 +141,17 @@ def test_bad_settings_cost_nothing(make_run, monkeypatch, change, message):
     with pytest.raises(ValueError, match=message):
         pretrain.pretrain(config, settings)
     assert not (run_dir / "logs").exists() and not (run_dir / "eval").exists()
+
+
+def test_a_machine_without_a_compiler_trains_uncompiled_and_says_so(make_run, monkeypatch, capsys):
+    monkeypatch.setattr(pretrain_model, "has_compiler", lambda: False)
+    monkeypatch.setattr(pretrain_model, "CPU_COMPILE_FLOPS", 0)
+    _, config, settings = make_run("asked", compile=True)
+    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler"):
+        pretrain.pretrain(config, settings)
+    run_dir, config, settings = make_run("not asked")
+    pretrain.pretrain(config, settings)
+    assert "not compiled" in capsys.readouterr().out and (run_dir / "base" / "config.json").is_file()
 
 
 def test_a_checkpoint_without_state_is_named(make_run):

@@ -251,7 +251,7 @@ def test_the_screenshot_of_the_readme(browser):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(app, "load_chat_model", load_chat_model)
         interface = app.build_app([folder])
-    page = Page(browser, serve(interface), (900, 760))
+    page = Page(browser, serve(interface), (900, 860))
     page.ask("/temperature 0")
     page.type("/clear")
     page.wait(lambda: not page.texts(ANSWER))
