@@ -226,6 +226,11 @@ def test_a_prompt_needs_room(folder):
         lm.generate_until(instances("generate_until", [("<|bos|>One", {"until": [], "max_gen_toks": 16})]))
 
 
+def test_a_model_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="runs/nowhere is no model folder"):
+        NanoChatHFLM("runs/nowhere")
+
+
 def test_unknown_generation_settings_are_refused(folder):
     lm = NanoChatHFLM(folder, device="cpu")
     request = instances("generate_until", [("<|bos|>One", {"until": [], "max_gen_toks": 4, "num_beams": 2})])

@@ -40,6 +40,9 @@ class NanoChatHFLM(HFLM):
         max_batch_size: rows that generate together.
 
     The other arguments are those of lm-eval's `HFLM`; `batch_size` has no effect.
+
+    Raises:
+        ValueError: a model that cannot be loaded, or one that is not causal.
     """
 
     def __init__(
@@ -51,7 +54,11 @@ class NanoChatHFLM(HFLM):
         **kwargs,
     ):
         kwargs = {"backend": "causal"} | kwargs  # lm-eval's guess knows only transformers' own types
-        super().__init__(pretrained=pretrained, max_length=max_length, max_batch_size=max_batch_size, **kwargs)
+        try:
+            super().__init__(pretrained=pretrained, max_length=max_length, max_batch_size=max_batch_size, **kwargs)
+        except OSError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{pretrained} is no model folder, and the Hub gives no such model: {reason}") from error
         if self.config.is_encoder_decoder:
             raise ValueError(f"--model nanochat_hf scores causal models, and {pretrained} is none; use --model hf")
         self.max_batch_tokens = max_batch_tokens
