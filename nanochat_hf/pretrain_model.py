@@ -32,7 +32,7 @@ def build_model(
         should_compile = device.type == "cuda" or plan.total_flops > CPU_COMPILE_FLOPS
     if should_compile and not has_compiler():
         if config.compile:
-            raise ValueError("`compile: true` needs a C++ compiler (Debian: apt install g++; or set CXX); or leave it out")
+            raise ValueError("`compile: true` needs a C++ compiler (Debian: apt install g++; or set CXX), or leave it")
         accelerator.print("not compiled, and slower for it: there is no C++ compiler (Debian: apt install g++)")
         should_compile = False
     if wants_fsdp(accelerator):
