@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from .model.modeling_nanochat_hf import SMEAR_CHANNELS, VALUE_GATE_CHANNELS
-from .onednn import MIN_PACKED, has_onednn, multiply, pack
+from .onednn import MIN_PACKED, has_onednn, min_elements, multiply, pack
 
 
 def can_step(model: PreTrainedModel) -> bool:
@@ -79,7 +79,7 @@ class DecodeStep:
         self.embedding = backbone.embed_tokens.weight
         self.min_packed = None  # elements of a matrix from which on oneDNN multiplies by it
         if self.can_pack and has_onednn(model.device, self.dtype):
-            self.min_packed = MIN_PACKED if num_rows == 1 else 0
+            self.min_packed = MIN_PACKED if num_rows == 1 else min_elements()
         self.head = self._packed(model.lm_head.weight)
         self.eps = config.rms_norm_eps
         eps = torch.finfo(self.dtype).eps if self.eps is None else self.eps

@@ -5,11 +5,17 @@ import torch
 import torch.nn.functional as F
 
 from nanochat_hf import onednn
-from nanochat_hf.onednn import has_onednn, multiply, onednn_products, pack
+from nanochat_hf.onednn import MIN_ROWS, has_onednn, multiply, onednn_products, pack, padded_rows
 
 pytestmark = pytest.mark.skipif(
     not has_onednn(torch.device("cpu"), torch.float32), reason="this PyTorch has no oneDNN (mkldnn)"
 )
+
+
+@pytest.fixture(autouse=True)
+def any_size(monkeypatch):
+    """Small matrices too, which only some CPUs leave to oneDNN."""
+    monkeypatch.setattr(onednn, "MIN_ELEMENTS", {torch.backends.cpu.get_cpu_capability(): 0})
 
 
 @torch.no_grad()
@@ -39,6 +45,30 @@ def test_a_models_logits_are_the_same(tiny_model, calls):
         logits = tiny_model(ids).logits
     assert len(calls) > 6 * tiny_model.config.num_hidden_layers
     torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_inputs_of_any_length_need_few_kernels(tiny_model, calls):
+    """A kernel is compiled, and kept, for every number of rows: lengths share them, and each keeps its own rows."""
+    matrix = torch.randn(24, 32)
+    with onednn_products(tiny_model):
+        for rows in range(MIN_ROWS, 1025):
+            x = torch.randn(1, rows, 32)
+            torch.testing.assert_close(F.linear(x, matrix), x @ matrix.T, atol=1e-5, rtol=1e-5)
+    assert len(calls) == 1025 - MIN_ROWS and len(set(calls)) < 45
+    assert all(rows <= padded_rows(rows) < 1.45 * rows for rows in range(MIN_ROWS, 4097))
+    assert all(padded_rows(rows) <= 1.125 * rows for rows in range(64, 4097))
+
+
+@torch.no_grad()
+def test_matrices_too_small_for_this_cpu_stay_with_pytorch(tiny_model, calls, monkeypatch):
+    monkeypatch.setattr(onednn, "MIN_ELEMENTS", {torch.backends.cpu.get_cpu_capability(): 100})
+    x = torch.randn(MIN_ROWS, 10)
+    with onednn_products(tiny_model):
+        F.linear(x, torch.randn(9, 10))
+        assert not calls
+        F.linear(x, torch.randn(10, 10))
+    assert len(calls) == 1
 
 
 def test_gradients_autocast_few_rows_and_biases_stay_with_pytorch(tiny_model, calls):
