@@ -63,7 +63,9 @@ def test_killed_while_saving(make_run):
 def test_ten_kills_at_random_moments(make_run):
     changes = {"num_steps": 60, "save_every_steps": 2, "eval_every_steps": 20}
     whole_dir, *whole = make_run("whole", **changes)
+    started = time.monotonic()
     pretrain.pretrain(*whole)
+    step_seconds = (time.monotonic() - started) / changes["num_steps"]  # saves and evaluations included
     run_dir, config, settings = make_run("killed", **changes)
     rng, log = random.Random(0), run_dir / "logs" / "base.jsonl"
     for _ in range(10):
@@ -71,7 +73,7 @@ def test_ten_kills_at_random_moments(make_run):
         before = log.stat().st_mtime if log.exists() else 0
         while process.poll() is None and (not log.exists() or log.stat().st_mtime == before):
             time.sleep(0.01)  # until it has rewound or written its curve, so that it trains
-        time.sleep(rng.uniform(0, 0.6))
+        time.sleep(rng.uniform(0, 4) * step_seconds)
         process.kill()
         process.wait()
     assert not (run_dir / "base").exists(), "the kills came too late to show anything"
