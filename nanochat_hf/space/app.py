@@ -62,10 +62,11 @@ CSS = """
 #chat { border-width: 0 !important; background: transparent; }
 @media (max-width: 600px) { .gradio-container main.app { padding: .5rem !important; } }
 """
-# What an answer yields is added to the conversation; only the page can empty it.
+# What an answer yields is added to the conversation; only the page can empty it, and not while it takes in the answer.
 EMPTY_AFTER_CLEAR = f"""(messages) => {{
   const last = messages.at(-1)?.content;
-  if ((last?.[0]?.text ?? last) === {json.dumps(FORGOTTEN)}) document.querySelector("#chat [aria-label=Clear]").click();
+  const clear = () => document.querySelector("#chat [aria-label=Clear]")?.click();
+  if ((last?.[0]?.text ?? last) === {json.dumps(FORGOTTEN)}) setTimeout(clear, 300);
 }}"""
 
 
