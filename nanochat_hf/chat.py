@@ -2,18 +2,21 @@
 
 The key/value cache stays between the turns of one conversation, so a turn costs its own tokens only; history that was
 edited, or cut because the context is full, is read anew. A message is encoded piece by piece: special tokens that a
-user types are ordinary text.
+user types are ordinary text; under another make's chat template, which joins the pieces first, they are refused.
 
     session = ChatSession(*load_chat_model("runs/tiny/rl"))
     for event in session.reply([{"role": "user", "content": "What is 12*12?"}], Sampling(temperature=0.6, top_k=50)):
         print(event.kind, event.text)
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -58,8 +61,11 @@ class ChatSession:
             seed: together with the number of answers in `messages` it decides the draws.
 
         Raises:
-            ValueError: no user message at the end, or one longer than the model's context.
+            ValueError: no user message at the end, one longer than the model's context, or one that the model's own
+                chat template refuses or would mistake for its special tokens.
         """
+        if sum(message["role"] != "system" for message in messages) == 1:  # another conversation begins
+            self._notices_given.clear()
         ids, notices = self._encode(messages, max_new_tokens)
         for notice in notices:
             self._notices_given.add(notice)
@@ -115,7 +121,16 @@ class ChatSession:
     def _render(self, messages: list[dict]) -> list[int]:
         if self.format == "nanochat":
             return encode_prompt(self.tokenizer, messages)
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        for message in messages:
+            for token in self.tokenizer.all_special_tokens:
+                if message["role"] != "assistant" and token in message["content"]:
+                    raise ValueError(
+                        f"{token} is a special token of this model, which it would take for one: leave it out"
+                    )
+        try:
+            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        except TemplateError as error:
+            raise ValueError(f"this model's chat template refuses the conversation: {error}") from error
 
     def _reusable_cache(self, ids: list[int]):
         """The last turn's cache if it holds the beginning of `ids`, else an empty one."""
@@ -155,18 +170,18 @@ def load_chat_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     Raises:
         ValueError: no such folder, a folder that is no model, a Hub id that cannot be reached; the message says which.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(
             f"{name} is no model folder, it has no config.json; a run's models are its folders base, mid, sft and rl"
         )
-    is_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or folder.parent.is_dir()
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "/" in name and folder.parent.is_dir()
     if not folder.is_dir() and is_path:
         raise ValueError(f"no folder {name}; give a model folder (runs/tiny/rl) or a Hub id (user/name)")
     source = str(folder) if folder.is_dir() else name
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"cannot load {name}: {' '.join(str(error).split())}") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer

@@ -15,7 +15,10 @@ MAX_TEMPERATURE, MAX_TOP_K, MAX_NEW_TOKENS = 2.0, 200, 4_096
 NUM_KEPT_CACHES = 8  # conversations whose key/value cache waits for the next turn
 TOOL_TITLE = "Calculator"
 FORGOTTEN = "Forgotten."
-COMMAND = re.compile(r"/[a-z]+(?: [^\n]*)?")
+COMMAND, MAX_COMMAND_CHARS = re.compile(r"/[a-z]+(?: [^\n]*)?"), 200
+TAG = re.compile(r"<(?=[A-Za-z/!?])")
+CODE = re.compile(r"(^ {0,3}```.*?(?:^ {0,3}```|\Z)|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
+JOINER = "\u2060"  # invisible, of no width; a tag's name cannot begin with it
 HELP = f"""- `/temperature X`: 0 (always the likeliest word) to {MAX_TEMPERATURE:g}
 - `/topk K`: draw from the K likeliest words, 1 to {MAX_TOP_K}
 - `/clear`: forget the conversation
@@ -82,7 +85,7 @@ def messages_of(history: list[dict], message: str) -> list[dict]:
             after_command = is_command(text)
             if messages and messages[-1]["role"] == "user":
                 messages.pop()
-            if text.strip().startswith("/clear") and after_command:
+            if after_command and text.split()[0] == "/clear":
                 messages.clear()
             elif not after_command:
                 messages.append({"role": "user", "content": text})
@@ -110,6 +113,18 @@ def text_of(content: str | list | dict) -> str:
     return "".join(part if isinstance(part, str) else part.get("text", "") for part in parts)
 
 
+def with_literal_tags(text: str) -> str:
+    """Markdown whose HTML is text, to be read and not to be obeyed; code is left as it is, for it is text already."""
+    pieces = CODE.split(text)
+    pieces[::2] = [TAG.sub("<" + JOINER, piece) for piece in pieces[::2]]
+    return "".join(pieces)
+
+
+def without_literal_tags(text: str) -> str:
+    """What `with_literal_tags` was given."""
+    return text.replace("<" + JOINER, "<")
+
+
 def check_limits(messages: list[dict]) -> None:
     """Refuse, with a reason, what would keep the machine busy for others."""
     lengths = [len(text_of(message["content"])) for message in messages]
@@ -125,7 +140,7 @@ def check_limits(messages: list[dict]) -> None:
 
 def is_command(text: str) -> bool:
     """Whether a message is one line that begins with a slash and a word, and so is not for the model."""
-    return COMMAND.fullmatch(text.strip()) is not None
+    return len(text) <= MAX_COMMAND_CHARS and COMMAND.fullmatch(text.strip()) is not None
 
 
 def run_command(text: str) -> tuple[str, dict[str, float]]:

@@ -94,7 +94,7 @@ class PretrainConfig(CorpusConfig):
         default=None, metadata={"help": "trackio or wandb, through Accelerate, if it is installed; off by default"}
     )
     push_to_hub: bool = field(
-        default=False, metadata={"help": "run.sh publishes the run when this stage has finished, to `hub_model_id`"}
+        default=False, metadata={"help": "publish the run when this stage has finished, to `hub_model_id`"}
     )
     hub_model_id: str | None = field(default=None, metadata={"help": "OWNER/NAME, as for scripts/publish.py"})
     seed: int = field(default=42, metadata={"help": "of the initialisation"})

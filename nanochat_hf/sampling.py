@@ -13,13 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+MIN_TEMPERATURE = 1e-5  # logits divided by less may leave fp32
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen. Applied in this order: repetition penalty, temperature, top-k, top-p.
 
     Attributes:
-        temperature: divides the logits; 0 = always the likeliest token.
+        temperature: divides the logits, 1e-5 or more; 0 = always the likeliest token.
         top_k: only the k likeliest tokens (None = all).
         top_p: only the likeliest tokens that together reach this probability (None = all).
         repetition_penalty: a token seen before has its logit divided by this if positive, else multiplied
@@ -35,8 +37,8 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
+        if self.temperature and not MIN_TEMPERATURE <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 (greedy) or {MIN_TEMPERATURE:g} and more, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be 1 or more, or None for all tokens, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:

@@ -18,6 +18,8 @@ import resource
 import time
 from pathlib import Path
 
+# Where a run lies, and goes to, is no setting of it: moved or published it is still the same run.
+PLACES = {"run_dir", "push_to_hub", "hub_model_id", "hub_private_repo"}
 STAGES = ("tokenizer", "base", "mid", "sft", "rl", "dpo")  # each a folder of the run that from_pretrained opens
 
 
@@ -38,8 +40,7 @@ class Stage:
         self.run_dir, self.name = Path(run_dir), name
         self.path = self.run_dir / "eval" / f"{name}.json"
         self.log_path = self.run_dir / "logs" / f"{name}.jsonl"
-        # Where a run lies is no setting of it: a folder that was moved is still the same run.
-        self.settings = {k: v for k, v in json.loads(json.dumps(settings, default=str)).items() if k != "run_dir"}
+        self.settings = {k: v for k, v in json.loads(json.dumps(settings, default=str)).items() if k not in PLACES}
         self.started_path = self.run_dir / "logs" / f"{name}.settings.json"
         self.results: dict = {}
         self.results_file: dict = {}  # an evaluation's: lm-eval's own results, whose keys the record then has as well

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from .generation import TurnTokens
 
 REPLACEMENT = "\ufffd"  # what decoding puts in place of bytes that are no character, or not yet
+MAX_UNFINISHED = 3  # of them at the end of a text: a character has four bytes, and some decoders put one for each
 
 
 @dataclass(frozen=True)
@@ -31,30 +32,35 @@ class TextStream:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self._ids: list[int] = []  # the last token given out whole, as context (SentencePiece needs it), and the rest
+        self._context: list[int] = []  # the last token that is whole by itself (SentencePiece needs one before it)
+        self._ids: list[int] = []  # it, and what came after
         self._num_given = 0  # characters of decode(_ids) given out already
 
     def feed(self, token: int) -> str:
         """The characters this token completes, possibly none."""
         self._ids.append(token)
-        text = self._decode()
-        # Bytes of an unfinished character decode to one replacement sign at the end: hold that one back.
-        unfinished = text.endswith(REPLACEMENT)
-        given = text[self._num_given : len(text) - unfinished]
+        text = self._decode(self._ids)
+        num_unfinished = min(len(text) - len(text.rstrip(REPLACEMENT)), MAX_UNFINISHED)
+        given = text[self._num_given : len(text) - num_unfinished]
         self._num_given += len(given)
-        if not unfinished:
-            self._ids = self._ids[-1:]
-            self._num_given = len(self._decode())
+        if not num_unfinished:
+            if REPLACEMENT not in self._decode([token]):
+                self._context = [token]
+            self._start_anew(self._context)
         return given
 
     def flush(self) -> str:
         """What is still held back, complete or not; the stream starts anew."""
-        given = self._decode()[self._num_given :]
-        self._ids, self._num_given = [], 0
+        given = self._decode(self._ids)[self._num_given :]
+        self._context = []
+        self._start_anew([])
         return given
 
-    def _decode(self) -> str:
-        return self.tokenizer.decode(self._ids, clean_up_tokenization_spaces=False)
+    def _start_anew(self, ids: list[int]) -> None:
+        self._ids, self._num_given = list(ids), len(self._decode(ids))
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 class AnswerStream:

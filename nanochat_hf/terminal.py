@@ -6,16 +6,17 @@ cat question.txt | python scripts/chat.py --model runs/tiny/rl
 """
 
 import json
+import os
 import secrets
 import sys
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import transformers
 
 from .chat import ChatSession, load_chat_model
+from .chat_service import COMMAND
 from .configs import ChatConfig
 from .decode_compiled import compile_decoding
 from .recipe import nearest
@@ -91,7 +92,7 @@ class Terminal:
                 return
             if text.strip() in ("/exit", "/quit"):
                 return
-            if text.startswith("/"):
+            if COMMAND.fullmatch(text.strip()):
                 print(self.run_command(text))
             elif text.strip():
                 try:
@@ -162,11 +163,12 @@ class Terminal:
             return "(/save needs a file name: /save conversation.jsonl)"
         if not any(message["role"] == "assistant" for message in self.session.messages):
             return "(nothing to save yet)"
-        path = Path(name).expanduser()
         try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"messages": self.session.messages}, ensure_ascii=False) + "\n")
-        except OSError as error:
+            line = (json.dumps({"messages": self.session.messages}, ensure_ascii=False) + "\n").encode()
+            path = os.path.expanduser(name)
+            with open(path, "ab") as file:
+                file.write(line)
+        except (OSError, ValueError) as error:  # the latter for a character that cannot be written
             return f"(not saved: {error})"
         return f"(saved: {path}, {len(self.session.messages)} messages)"
 

@@ -105,7 +105,7 @@ def prepare_arguments(config, training_args, settings: dict, checkpoint_dir: Pat
     # TRL 1.16 reads the old name of `activation_checkpointing`, transformers 5.23 warns of it.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
     training_args.output_dir = str(checkpoint_dir)
-    training_args.push_to_hub = False  # run.sh publishes after the stage, checked and with its card
+    training_args.push_to_hub = False  # the script publishes after the stage, checked and with its card
     training_args.logging_nan_inf_filter = False  # it would hide a NaN behind the mean of earlier losses
     if training_args.bf16 and training_args.use_cpu and not supports_bf16(torch.device("cpu")):
         print("this CPU is slow in bf16: training in fp32", file=sys.stderr)

@@ -2,8 +2,7 @@
 #
 #   start_line "$@"                   reads the flags, makes .venv, opens the run folder; sets run_dir, launch and the
 #                                     flag arrays text, chat, exam, core
-#   stage RECORD COMMAND ...          runs COMMAND ... --run_dir RUN_DIR unless it is known to have finished, and
-#                                     publishes the run so far where the YAML says `push_to_hub: true`
+#   stage RECORD COMMAND ...          runs COMMAND ... --run_dir RUN_DIR unless it is known to have finished
 #   finish_line                       writes the report
 #
 # A stage has finished when eval/RECORD.json exists; it is skipped here, without starting Python, when besides that its
@@ -116,8 +115,6 @@ stage() {
     fi
     echo "== $record"
     unfinished="$record"
-    local repo_id
-    repo_id="$(hub_target "$@")"
     note stage_start "$record"
     # Ctrl-C is for the stage, which saves first; its launcher would leave at once. Of one that came too early for the
     # stage to notice we know here.
@@ -128,24 +125,11 @@ stage() {
     [ "$interrupted" = no ] || stop_line "$record" 130
     note stage_end "$record"
     unfinished=
-    [ -z "$repo_id" ] || python scripts/publish.py --run "$run_dir" --repo_id "$repo_id" || stop_line "$record" $?
     mv "$ran.now" "$ran"
 }
 
 # A model or tokenizer that was deleted is made again; an evaluation has no folder.
 has_folder() { case "$1" in tokenizer | base | mid | sft | rl | dpo) [ -d "$run_dir/$1" ] ;; esac; }
-
-# Where a stage's recipe wants the run's models published when it has finished: `push_to_hub: true`, `hub_model_id: me/name`.
-hub_target() {
-    local argument repo_id
-    for argument in "$@"; do
-        case "$argument" in *.yaml) ;; *) continue ;; esac
-        grep -q '^push_to_hub: *true' "$argument" || continue
-        repo_id="$(sed -n 's/^hub_model_id: *//p' "$argument")"
-        [ -n "$repo_id" ] || fail "push_to_hub in $argument needs a line hub_model_id: OWNER/NAME"
-        echo "$repo_id"
-    done
-}
 
 # The time of a stage that stopped counts where it has saved something.
 end_session() {

@@ -8,9 +8,11 @@ from nanochat_hf.recipe import parse_recipe, run_command
 
 def main() -> None:
     config, training_args, settings = parse_recipe(SFTStageConfig, SFTConfig)
+    from nanochat_hf.hub import published
     from nanochat_hf.sft import run_sft  # after parsing, so that a mistyped recipe fails within a second or two
 
-    run_sft(config, training_args, settings)
+    with published(config.run_dir, settings):
+        run_sft(config, training_args, settings)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,14 @@ class LoopbackHub:
     Attributes:
         repos: repository -> {"private": bool, "branches": {name: {path: bytes}}}.
         requests: (method, path) of every request, in order.
+        num_objects_taken: weights that are taken before the line breaks; None = all.
     """
 
     def __init__(self):
         self.repos: dict[str, dict] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
+        self.num_objects_taken: int | None = None
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -80,6 +82,8 @@ class LoopbackHub:
         if path == "/api/validate-yaml":
             return reply({"errors": [], "warnings": []})
         if path.startswith("/objects/") and method == "PUT":
+            if self.num_objects_taken is not None and len(self.objects) >= self.num_objects_taken:
+                return 400, {}, b"the line broke"
             self.objects[path.rsplit("/", 1)[1]] = body
             return 200, {}, b""
         if match := re.fullmatch(r"/(.+)\.git/info/lfs/objects/batch", path):
@@ -132,8 +136,8 @@ class LoopbackHub:
 
     def info(self, repo: str, branch: str) -> dict:
         files = self.repos[repo]["branches"][branch]
-        siblings = [{"rfilename": path} for path in files]
-        return {"id": repo, "modelId": repo, "sha": revision(files), "siblings": siblings, "tags": [], "private": True}
+        described = {"id": repo, "modelId": repo, "sha": revision(files), "tags": []}
+        return described | {"siblings": [{"rfilename": p} for p in files], "private": self.repos[repo]["private"]}
 
     def commit(self, files: dict[str, bytes], body: bytes) -> None:
         """Apply the lines of a commit: regular files carry their content, large ones were put before."""
@@ -144,6 +148,8 @@ class LoopbackHub:
                 files[value["path"]] = base64.b64decode(value["content"])
             elif operation["key"] == "lfsFile":
                 files[value["path"]] = self.objects[value["oid"]]
+            elif operation["key"] == "deletedFile":
+                del files[value["path"]]
 
 
 def mode(path: str) -> str:

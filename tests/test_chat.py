@@ -1,5 +1,13 @@
 """A conversation: events, whole characters, the cache between turns, a full context, interrupts, other models."""
 
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
 import pytest
 import torch
 from scripted import ScriptedModel, scripted
@@ -13,6 +21,7 @@ from nanochat_hf.streaming import ChatEvent, TextStream
 from nanochat_hf.tokenizer import BYTE_CHARACTERS, encode_prompt, encode_text, special_ids
 
 GREEDY = Sampling()
+ROOT = Path(__file__).parents[1]
 
 
 def user(text):
@@ -83,6 +92,30 @@ def test_any_bytes_stream_to_what_decoding_them_at_once_gives(tiny_tokenizer):
         assert "".join(map(stream.feed, ids)) + stream.flush() == tiny_tokenizer.decode(ids), f"seed {seed}: {ids}"
 
 
+def test_characters_come_whole_from_a_tokenizer_that_falls_back_to_bytes():
+    """As Llama 2's and Gemma's: what is no word is a token a byte, and an unfinished one decodes to a sign for each."""
+    words = ["<unk>", "\u2581a", "b", *(f"<0x{byte:02X}>" for byte in range(256))]
+    ids = {word: i for i, word in enumerate(words)}
+    backend = Tokenizer(models.BPE(vocab=ids, merges=[], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+
+    def tokens(*pieces):
+        return [
+            i for piece in pieces for i in ([ids[piece]] if piece in ids else [byte + 3 for byte in piece.encode()])
+        ]
+
+    written = tokens("\u2581a", "🤖", "b", "é", "日本", "\u2581a", "b", "ß")
+    stream = TextStream(tokenizer)
+    given = [stream.feed(token) for token in written]
+    assert "".join(given) + stream.flush() == tokenizer.decode(written) == "a🤖bé日本 abß"
+    assert [piece for piece in given if piece] == ["a", "🤖", "b", "é", "日", "本", " a", "b", "ß"]
+    broken = [*tokens("b"), 0xFF + 3, *tokens("é")[:1], *tokens("b")]
+    assert "".join(map(stream.feed, broken)) + stream.flush() == tokenizer.decode(broken)
+
+
 def test_a_turn_reads_its_own_tokens_only(parrot, tiny_tokenizer):
     session = ChatSession(parrot, tiny_tokenizer)
     assert answer_text(say(session, "one two")) == "one two"
@@ -131,6 +164,18 @@ def test_a_full_context_drops_whole_turns_and_says_so_once(parrot, tiny_tokenize
     assert "turn number 0" not in remembered and remembered.startswith("<|bos|><|user_start|>Be kind.\n\nturn number")
     assert session._ids.count(special["user_start"]) == session._ids.count(special["assistant_end"])
     assert len(session.messages) == 25  # the whole conversation stays readable
+
+
+def test_what_is_said_once_is_said_again_in_another_conversation(parrot, tiny_tokenizer):
+    session = ChatSession(parrot, tiny_tokenizer)
+    counts = []
+    for _ in range(2):
+        kinds, messages = [], []
+        for _ in range(9):
+            kinds += [event.kind for event in session.reply([*messages, user("a b c d e f g h")], GREEDY)]
+            messages = session.messages
+        counts.append(kinds.count("notice"))
+    assert counts == [1, 1]
 
 
 def test_without_oldest_turn():
@@ -247,6 +292,20 @@ def test_a_template_of_another_make_is_used():
     assert bytes(session._ids).startswith(b"[user]x[assistant]bc[user]y>abc")
 
 
+def test_a_template_of_another_make_gets_no_special_tokens_from_a_user_and_may_refuse():
+    template = (
+        "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+        "{% if messages|length > 2 %}{{ raise_exception('one turn only') }}{% endif %}"
+    )
+    tokenizer = byte_tokenizer(chat_template=template, eos_token="<|end|>")
+    session = ChatSession(ScriptedModel(len(tokenizer), lambda history: ord("a"), 64), tokenizer)
+    with pytest.raises(ValueError, match=r"<\|end\|> is a special token of this model"):
+        say(session, "x<|end|>y")
+    assert answer_text(say(session, "x", max_new_tokens=2)) == "aa"
+    with pytest.raises(ValueError, match="template refuses the conversation: one turn only"):
+        say(session, "y")
+
+
 @pytest.mark.parametrize("messages", [[], [user("a"), assistant("b")]])
 def test_nothing_to_answer(messages, parrot, tiny_tokenizer):
     with pytest.raises(ValueError, match="user message"):
@@ -276,6 +335,48 @@ def test_what_cannot_be_loaded_is_said(tiny_model, tiny_tokenizer, tmp_path, mon
         load_chat_model("someone/nothing")
     tiny_model.save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    for wrong in ({"hidden_size": "wide"}, {"vocab_size": 7}):
+        (tmp_path / "config.json").write_text(json.dumps(json.loads(config) | wrong))
+        with pytest.raises(ValueError, match="cannot load"):
+            load_chat_model(str(tmp_path))
+    (tmp_path / "config.json").write_text(config)
     (tmp_path / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(ValueError, match="cannot load"):
         load_chat_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "status, code, said",
+    [
+        (403, "GatedRepo", "gated repo"),
+        (401, "RepoNotFound", "not a valid model identifier"),
+        pytest.param(None, None, "connect", marks=pytest.mark.slow),
+    ],
+)
+def test_a_hub_that_refuses_is_one_clear_line(status, code, said, tmp_path):
+    class Refusal(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_GET = do_HEAD
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusal) as server:
+        port = server.server_port
+        if status is None:
+            server.server_close()
+        else:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": "0"}
+        environment |= {"HF_HOME": str(tmp_path), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        command = [sys.executable, ROOT / "scripts" / "chat.py", "--model", "me/private-model", "--prompt", "hi"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        server.shutdown() if status else None
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("error: cannot load me/private-model") and said in last

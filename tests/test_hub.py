@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from nanochat_hf import NanoChatHFForCausalLM
 from nanochat_hf.checkpoint import save_model
 from nanochat_hf.configs import PublishConfig
-from nanochat_hf.hub import check, publish
+from nanochat_hf.hub import check, publish, published
 from nanochat_hf.hub.card import model_card, public_name
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +41,11 @@ from nanochat_hf.configs import PublishConfig
 if sys.argv[2] == "unchecked":
     hub.check_folder = lambda folder: "not checked"
 hub.check.math.log = lambda value: 1e9  # the models are untrained
-hub.publish(PublishConfig(run=sys.argv[1], repo_id="me/tiny", space=True))
+try:
+    hub.publish(PublishConfig(run=sys.argv[1], repo_id="me/tiny", space=True))
+except ValueError as error:
+    print(error)
+    sys.exit(3)
 """
 
 
@@ -66,8 +70,28 @@ def run_dir(tmp_path, tiny_model, tiny_tokenizer):
         },
     }
     (run / "metrics.json").write_text(json.dumps(metrics))
-    (run / "report.md").write_text("# report\n")
+    (run / "report.md").write_text(f"# report of {run}\n\n| mixture | /home/me/talk.jsonl |\n")
+    (run / "plots").mkdir()
+    (run / "plots" / "loss.png").write_bytes(b"png")
     return run
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A Hub on loopback; `hub.run(code, *arguments)` runs Python that talks to it, in another process."""
+    with LoopbackHub() as hub:
+        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_x", "HF_HUB_DISABLE_XET": "1"}
+        environment |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+        def run(code, *arguments, status=0):
+            command = [sys.executable, "-c", code, *map(str, arguments)]
+            done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+            assert done.returncode == status, done.stderr
+            assert "hf_x" not in done.stdout + done.stderr
+            return done.stdout
+
+        hub.run = run
+        yield hub
 
 
 def better_than_guessing(monkeypatch):
@@ -77,6 +101,7 @@ def better_than_guessing(monkeypatch):
 
 def test_dry_run_sends_nothing_and_lists_everything(run_dir, monkeypatch, capsys):
     better_than_guessing(monkeypatch)
+    (run_dir / "sft" / "README.md").write_text("mine")
     publish(PublishConfig(run=str(run_dir), repo_id="me/tiny", space=True, dry_run=True))
     printed = capsys.readouterr().out
     for name in (
@@ -90,40 +115,89 @@ def test_dry_run_sends_nothing_and_lists_everything(run_dir, monkeypatch, capsys
     ):
         assert name in printed
     assert "me/tiny (private)" in printed
+    assert (run_dir / "sft" / "README.md").read_text() == "mine"
 
 
-def test_published_models_load_without_this_package(run_dir, tmp_path, tiny_model, tiny_tokenizer):
+def test_published_models_load_without_this_package(run_dir, hub, tmp_path, tiny_model, tiny_tokenizer):
     with torch.no_grad():
         tiny_model.get_output_embeddings().weight.mul_(2)
     (run_dir / "rl").mkdir()
     save_model(tiny_model, tiny_tokenizer, run_dir / "rl")
-    with LoopbackHub() as hub:
-        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_x", "HF_HUB_DISABLE_XET": "1"}
-        environment |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    hub.run(PUBLISH, run_dir, "checked")
+    repo = hub.repos["me/tiny"]
+    assert repo["private"] is True and set(repo["branches"]) == {"main", "sft", "rl"}
+    main = repo["branches"]["main"]
+    assert main.keys() == repo["branches"]["rl"].keys()
+    assert main["report.md"].decode() == "# report of run\n\n| mixture | talk.jsonl |\n"
+    assert "![loss](plots/loss.png)" in main["README.md"].decode() and "plots/loss.png" in main
+    space = hub.repos["spaces/me/tiny"]
+    assert space["private"] is True
+    assert {"app.py", "README.md", "requirements.txt", "nanochat_hf/chat.py"} <= space["branches"]["main"].keys()
+    assert space["variables"] == [{"key": "MODEL_ID", "value": "me/tiny"}]
+    hub.run(LOAD_BACK, "me/tiny")
+    for branch, stage in (("main", "rl"), ("sft", "sft")):
+        theirs = torch.load(tmp_path / f"{branch}.pt")
+        with torch.no_grad():
+            ours = NanoChatHFForCausalLM.from_pretrained(run_dir / stage).eval()(input_ids=theirs["ids"]).logits
+        assert torch.equal(theirs["logits"], ours)
 
-        def run(code, *arguments):
-            command = [sys.executable, "-c", code, *arguments]
-            done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            assert "hf_x" not in done.stdout + done.stderr
 
-        run(PUBLISH, str(run_dir), "checked")
-        repo = hub.repos["me/tiny"]
-        assert repo["private"] is True and set(repo["branches"]) == {"main", "sft", "rl"}
-        assert repo["branches"]["main"].keys() == repo["branches"]["rl"].keys()
-        space = hub.repos["spaces/me/tiny"]
-        assert space["private"] is True
-        assert {"app.py", "README.md", "requirements.txt", "nanochat_hf/chat.py"} <= space["branches"]["main"].keys()
-        assert space["variables"] == [{"key": "MODEL_ID", "value": "me/tiny"}]
-        run(LOAD_BACK, "me/tiny")
-        for branch, stage in (("main", "rl"), ("sft", "sft")):
-            theirs = torch.load(tmp_path / f"{branch}.pt")
-            with torch.no_grad():
-                ours = NanoChatHFForCausalLM.from_pretrained(run_dir / stage).eval()(input_ids=theirs["ids"]).logits
-            assert torch.equal(theirs["logits"], ours)
-        num_puts = sum(method == "PUT" for method, _ in hub.requests)
-        run(PUBLISH, str(run_dir), "unchecked")
-        assert sum(method == "PUT" for method, _ in hub.requests) == num_puts, "weights were sent twice"
+def num_puts(hub):
+    return sum(method == "PUT" for method, _ in hub.requests)
+
+
+def test_an_upload_that_broke_off_goes_on_where_it_was(run_dir, hub, tiny_model, tiny_tokenizer):
+    with torch.no_grad():
+        tiny_model.get_output_embeddings().weight.mul_(2)
+    (run_dir / "rl").mkdir()
+    save_model(tiny_model, tiny_tokenizer, run_dir / "rl")
+    hub.num_objects_taken = 2  # of three: two models and a plot
+    said = hub.run(PUBLISH, run_dir, "unchecked", status=3)
+    assert "un the same command again" in said or "What was sent is kept" in said
+    hub.num_objects_taken, before = None, num_puts(hub)
+    hub.run(PUBLISH, run_dir, "unchecked")
+    assert num_puts(hub) == before + 1
+    assert set(hub.repos["me/tiny"]["branches"]) == {"main", "sft", "rl"}
+    for files in hub.repos["me/tiny"]["branches"].values():
+        files["model-00002-of-00002.safetensors"] = b"of an earlier, larger model"
+        files["notes.md"] = b"somebody's own"
+    hub.run(PUBLISH, run_dir, "unchecked")
+    assert num_puts(hub) == before + 1, "weights were sent twice"
+    for files in hub.repos["me/tiny"]["branches"].values():
+        assert "notes.md" in files and "model-00002-of-00002.safetensors" not in files
+
+
+def test_nothing_goes_to_a_public_repository_unasked(run_dir, hub):
+    hub.repos["me/tiny"] = {"private": False, "branches": {"main": {}}}
+    assert "me/tiny is there already and public: say --public" in hub.run(PUBLISH, run_dir, "unchecked", status=3)
+    assert hub.repos["me/tiny"]["branches"] == {"main": {}}
+
+
+def test_a_stage_publishes_when_it_has_finished(monkeypatch):
+    calls = []
+    monkeypatch.setattr("nanochat_hf.hub.publish", calls.append)
+    asked = {"push_to_hub": True, "hub_model_id": "me/tiny"}
+    for settings in ({}, {"push_to_hub": False, "hub_model_id": "me/tiny"}, asked | {"plan": True}):
+        with published("runs/x", settings):
+            pass
+    assert calls == []
+    for wrong in ({"push_to_hub": True}, asked | {"hub_model_id": "tiny"}):
+        with pytest.raises(ValueError, match="needs hub_model_id; it='.*' must be OWNER/NAME"):
+            with published("runs/x", wrong):
+                calls.append("the stage ran")
+    with pytest.raises(OSError), published("runs/x", asked):
+        raise OSError("the stage failed")
+    assert calls == []
+    with published("runs/x", asked):
+        assert calls == []
+    with published("runs/x", asked | {"hub_private_repo": False}):
+        pass
+    monkeypatch.setenv("RANK", "1")
+    with published("runs/x", asked):
+        pass
+    assert [(call.run, call.repo_id, call.public) for call in calls] == [
+        ("runs/x", "me/tiny", False), ("runs/x", "me/tiny", True)
+    ]  # fmt: skip
 
 
 def test_the_card_states_scores_data_and_no_paths(run_dir):
@@ -136,6 +210,7 @@ def test_the_card_states_scores_data_and_no_paths(run_dir):
     real = {"core": {"core": 0.1, "core_copa": 0.2, "num_items": {"core_copa": 9}}}
     assert "- core: 0.1000 (mean centered accuracy, 9 items)" in model_card(run_dir, "rl", ["rl"], "me/tiny", real)
     assert "- sft: arithmetic, talk.jsonl" in card and "/home/me" not in card
+    assert "lm_eval --model hf" in card and "SFTTrainer(" in card and "No GGUF" in card and "push_to_hub" not in card
     assert "license: mit" in card and "library_name: transformers" in card
     assert "3.5" not in card.split("## Use")[0]
     assert public_name("HuggingFaceTB/smol-smoltalk") == "HuggingFaceTB/smol-smoltalk"

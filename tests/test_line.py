@@ -83,23 +83,6 @@ def test_a_second_call_starts_no_stage(toy):
     assert "== one: finished earlier" in done.stdout
 
 
-def test_a_recipe_may_have_the_run_published_after_its_stage(toy):
-    recipe = toy / "recipes" / "toy" / "one.yaml"
-    recipe.write_text("push_to_hub: true\n")
-    done, calls = run(toy)
-    assert (done.returncode, calls) == (2, []) and "needs a line hub_model_id: OWNER/NAME" in done.stderr
-    recipe.write_text("push_to_hub: true\nhub_model_id: me/toy\n")
-    publish = toy / "scripts" / "publish.py"
-    publish.write_text("import sys; open('calls.log', 'a').write(' '.join(sys.argv[1:]) + '\\n'); sys.exit(3)\n")
-    published = ["--run", "runs/toy", "--repo_id", "me/toy"]
-    done, calls = run(toy)
-    assert (done.returncode, calls) == (3, ["one", *published])
-    publish.write_text(publish.read_text().replace("exit(3)", "exit(0)"))
-    done, calls = run(toy)  # the stage knows that it has finished; the upload is tried again, once
-    assert (done.returncode, calls) == (0, ["one", *published, "two", "report"]), done.stderr
-    assert run(toy)[1] == ["report"]
-
-
 def test_it_resumes_at_the_stage_that_failed(toy):
     (toy / "broken").write_text("two")
     done, calls = run(toy)

@@ -1,7 +1,9 @@
 """The Space: talked to over HTTP as a browser would, and started from a copy of exactly what publishing uploads."""
 
 import ast
+import json
 import os
+import pickle
 import shutil
 import socket
 import subprocess
@@ -9,7 +11,9 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
+import httpx
 import pytest
 import yaml
 
@@ -101,6 +105,8 @@ def test_users_at_once_get_their_own_answers(url):
     "message, settings, reason",
     [
         ("x" * 8001, SETTINGS, "8,000"),
+        ("/" + "x" * 8001, SETTINGS, "8,002"),
+        ("x" * 2_000_000, SETTINGS, "2,000,000"),
         ("  ", SETTINGS, "empty"),
         ("hi", (2.5, 50, 9, 1), "maximum"),
         ("hi", (1, 201, 9, 1), "maximum"),
@@ -183,6 +189,9 @@ def test_a_wrong_command_changes_nothing_and_says_what_is_right(text, answer):
 
 def test_text_with_a_slash_is_no_command():
     assert not any(map(service.is_command, ("/usr/bin", "a /help", "/", "/help\nme")))
+    history = [{"role": "user", "content": "kept"}, {"role": "assistant", "content": "yes"}]
+    history += [{"role": "user", "content": "/clearance"}, {"role": "assistant", "content": "no such command"}]
+    assert [m["content"] for m in service.messages_of(history, "next")] == ["kept", "yes", "next"]
 
 
 def test_another_model_may_be_chosen(url):
@@ -205,6 +214,87 @@ def test_rate_limit_by_client():
     assert [limit.allows("a", now) for now in (0, 1, 2)] == [True, True, False]
     assert limit.allows("b", 2)
     assert limit.allows("a", 60) and not limit.allows("a", 60.5)
+
+
+class Request:
+    """Of a request what `client_of` reads."""
+
+    def __init__(self, forwarded):
+        self.headers = {"x-forwarded-for": forwarded} if forwarded else {}
+        self.client = SimpleNamespace(host="10.0.0.1")
+
+
+def test_who_asks(monkeypatch):
+    monkeypatch.delenv("SPACE_ID", raising=False)
+    assert app.client_of(Request("1.2.3.4")) == "10.0.0.1"  # anybody can write that header
+    monkeypatch.setenv("SPACE_ID", "me/tiny")
+    assert app.client_of(Request("1.2.3.4, 5.6.7.8")) == "5.6.7.8" and app.client_of(Request(None)) == "10.0.0.1"
+
+
+def accepted(url, **settings):
+    """How many of six messages got an answer, each from a caller that claims another address."""
+    count = 0
+    for number in range(6):
+        client = Client(url, verbose=False, headers={"x-forwarded-for": f"9.9.9.{number}"})
+        try:
+            client.predict("hi", *SETTINGS)
+            count += 1
+        except AppError as error:
+            assert "messages in a minute" in str(error)
+    return count
+
+
+def test_the_rate_limit_holds_on_zero_gpu_too_and_what_is_no_answer_takes_no_gpu(model, tiny_tokenizer, monkeypatch):
+    calls = []
+
+    def gpu(task):
+        """As the package `spaces`: what goes in and comes out crosses to another process."""
+
+        def run(*arguments):
+            calls.append(arguments)
+            for event in task(*pickle.loads(pickle.dumps(arguments))):
+                yield pickle.loads(pickle.dumps(event))
+
+        return run
+
+    monkeypatch.setattr(app, "load_chat_model", lambda name: (model, tiny_tokenizer))
+    monkeypatch.setattr(app, "spaces", SimpleNamespace(GPU=gpu))
+    monkeypatch.setenv("MESSAGES_PER_MINUTE", "5")
+    monkeypatch.delenv("SPACE_ID", raising=False)
+    interface = app.build_app(["someone/model"])
+    url = interface.queue().launch(prevent_thread_lock=True, quiet=True, server_port=free_port())[1]
+    try:
+        client = Client(url, verbose=False)
+        assert "/clear" in texts(client.predict("/help", *SETTINGS))[0]
+        with pytest.raises(AppError, match="8,000"):
+            client.predict("x" * 8001, *SETTINGS)
+        assert calls == []
+        with pytest.raises(AppError, match="shorten it"):  # the model's own refusal comes from over there
+            client.predict("word " * 1500, *SETTINGS)
+        assert len(calls) == 1
+        assert accepted(url) == 2 and len(calls) == 3
+    finally:
+        interface.close()
+
+
+def test_conversations_are_logged_where_it_is_asked_for_alone(url, monkeypatch, capsys):
+    client = Client(url, verbose=False)
+    client.predict("a secret", *SETTINGS)
+    assert "a secret" not in capsys.readouterr().out
+    monkeypatch.setenv("LOG_CHATS", "1")
+    client.predict("no secret", *SETTINGS)
+    logged = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["messages"]
+    assert [message["content"] for message in logged[-2:]] == ["no secret", "no secret"]
+
+
+TEXT_WITH_TAGS = "a < b, <b>bold</b> `<i>` <!-- c -->\n```html\n<form>\n```\n</form><?php"
+
+
+def test_tags_are_shown_as_text_and_code_is_left_alone():
+    shown = service.with_literal_tags(TEXT_WITH_TAGS)
+    assert [piece for piece in ("<b>", "</b>", "<!--", "</form>", "<?php") if piece in shown] == []
+    assert "a < b" in shown and "`<i>`" in shown and "\n<form>\n" in shown
+    assert service.without_literal_tags(shown) == TEXT_WITH_TAGS
 
 
 def test_kept_sessions_are_few_and_never_shared(tiny_tokenizer, model):
@@ -282,6 +372,8 @@ def test_the_upload_runs_by_itself(tiny_model, tiny_tokenizer, tmp_path):
         client = Client(f"http://127.0.0.1:{port}", verbose=False)
         first, second = (client.predict("Hello", 1.0, 50, 8, 7) for _ in range(2))
         assert first and first != second  # a second turn, seeded alike but further on
+        upload = httpx.post(f"http://127.0.0.1:{port}/gradio_api/upload", files={"files": ("x", b"x" * 2000)})
+        assert upload.status_code == 413
         assert "Hello" not in log.read_text()
     finally:
         server.terminate()

@@ -20,6 +20,7 @@ from test_space import free_port  # noqa: E402
 
 import nanochat_hf.space.app as app  # noqa: E402
 from nanochat_hf.chat import load_chat_model  # noqa: E402
+from nanochat_hf.chat_service import JOINER  # noqa: E402
 
 ARTIFACTS = Path(__file__).parent / "artifacts"
 FLAGS = (
@@ -175,8 +176,19 @@ def test_editing_a_message_drops_what_followed(browser, url):
 
 def test_settings_and_slash_commands(browser, url):
     page = Page(browser, url)
-    assert page.ask("/temperature 1.3") == "temperature is 1.3 now."
     page.script("[...document.querySelectorAll('button')].find(b => b.innerText.includes('Settings')).click()")
+    page.wait(lambda: page.all("input[type=number]"))
+    assert page.ask("a b c d e f") == "a b c d e f"
+    script = """(() => {
+        const slider = [...document.querySelectorAll('input[type=number]')][2];
+        Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set.call(slider, 3);
+        slider.dispatchEvent(new Event('input', {bubbles: true}));
+        slider.dispatchEvent(new Event('change', {bubbles: true}));
+        slider.blur();
+    })()"""
+    page.script(script)
+    assert "a b c d e f".startswith(cut := page.ask("a b c d e f")) and len(cut) < 8  # three tokens long
+    assert page.ask("/temperature 1.3") == "temperature is 1.3 now."
     sliders = "[...document.querySelectorAll('input[type=number]')].map(e => +e.value)"
     page.wait(lambda: page.script(sliders)[:2] == [1.3, 50])
     assert "/topk K" in page.ask("/help")
@@ -193,6 +205,14 @@ def test_what_was_cleared_stays_away(browser, url):
         assert page.texts(QUESTION) == ["again"] == page.texts(ANSWER)
         page.click("Clear")
         page.wait(lambda: not page.texts(QUESTION) and not page.texts(ANSWER))
+
+
+def test_the_words_of_clear_clear_nothing(browser, url):
+    page = Page(browser, url)
+    page.ask("hello")
+    assert page.ask("Forgotten.") == "Forgotten."
+    time.sleep(1)
+    assert page.texts(QUESTION) == ["hello", "Forgotten."]
 
 
 def test_a_tool_call_is_a_step_that_unfolds(browser, url):
@@ -213,6 +233,15 @@ def test_markdown_is_rendered_and_html_is_not_run(browser, url):
     assert page.browser.title == "nanochat"
     assert page.script(f"document.querySelectorAll('{ANSWER} script, {ANSWER} [onerror]').length") == 0
     assert page.texts(f"{ANSWER} strong") == ["bold"] and page.texts(f"{ANSWER} code") == ["code"]
+    form = "use <form action=x><button>b</button></form>, `<iframe>`, <iframe src=x></iframe> <style>*{color:red}"
+    read = form.replace("`", "")
+    assert page.ask(form).replace(JOINER, "") == read == page.texts(QUESTION)[-1].replace(JOINER, "")
+    assert page.script("document.querySelectorAll('#chat form, #chat iframe, #chat .message style').length") == 0
+    page.script("[...document.querySelectorAll('#chat button[aria-label=Edit]')].at(-1).click()")
+    page.wait(lambda: page.all("#chat textarea"))
+    page.all("#chat textarea")[0].send_keys(" too")
+    page.click("Submit")
+    page.wait(lambda: page.texts(ANSWER)[-1].replace(JOINER, "") == read + " too")
 
 
 def test_odd_texts_come_through(browser, url):

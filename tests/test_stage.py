@@ -50,7 +50,7 @@ def test_another_recipe_does_not_go_on_from_checkpoints(tmp_path):
     with pytest.raises(RuntimeError), Stage(tmp_path, "base", {"depth": 6}):
         (tmp_path / "checkpoints" / "base" / "step-000002").mkdir(parents=True)
         raise RuntimeError("killed")
-    Stage(tmp_path, "base", {"depth": 6, "run_dir": "moved"})
+    Stage(tmp_path, "base", {"depth": 6, "run_dir": "moved", "push_to_hub": True, "hub_model_id": "me/tiny"})
     with pytest.raises(ValueError, match="another recipe.*depth=6, now depth=4.*delete .*base.settings.json"):
         Stage(tmp_path, "base", {"depth": 4})
 

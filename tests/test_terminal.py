@@ -82,6 +82,16 @@ def test_save_appends_lines_that_are_chat_data(typed, tmp_path):
     assert saved[0][1]["content"][1] == {"type": "python", "text": "6*7"}
 
 
+def test_a_file_that_cannot_be_written_costs_nothing(typed, tmp_path):
+    shown = typed("Hi", "/save ~nosuchuser/talk.jsonl", "/save a\0b", f"/save {tmp_path / 'talk.jsonl'}")
+    assert shown.count("not saved") == 2 and "(saved: " in shown
+
+
+def test_a_path_is_no_command(typed):
+    typed("/etc/hosts is what?")
+    assert typed.terminal.session.messages[0]["content"] == "/etc/hosts is what?"
+
+
 def test_several_lines_are_one_message(typed):
     typed('"""def f(x):', "    return x", '"""', '"""one"""', "/exit", "never read")
     assert [m["content"] for m in typed.terminal.session.messages[::2]] == ["def f(x):\n    return x", "one"]

@@ -12,11 +12,13 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..configs import PublishConfig
-from ..stage import STAGES
-from .card import model_card
+from ..stage import STAGES, is_first_process
+from .card import model_card, public_name
 from .check import check_folder
 
 MODEL_STAGES = tuple(stage for stage in STAGES if stage != "tokenizer")
@@ -37,8 +39,7 @@ def publish(config: PublishConfig) -> None:
         raise ValueError(
             f"run={config.run}: none of {', '.join(MODEL_STAGES)} in it is a model folder; run a recipe first"
         )
-    if not REPO_ID.fullmatch(config.repo_id):
-        raise ValueError(f"repo_id={config.repo_id!r} must be OWNER/NAME, for example me/tiny-chat")
+    check_repo_id(config.repo_id, "repo_id")
     with tempfile.TemporaryDirectory() as temporary:
         folders = {stage: gather(run_dir, stage, stages, config.repo_id, Path(temporary) / stage) for stage in stages}
         for stage, folder in folders.items():
@@ -54,18 +55,63 @@ def publish(config: PublishConfig) -> None:
         upload(branches, space, config)
 
 
+@contextmanager
+def published(run_dir: str, settings: dict) -> Iterator[None]:
+    """Around a stage: publishes the run when it has finished, if its recipe says `push_to_hub: true`.
+
+    Args:
+        settings: what recipe and command line said; `hub_private_repo: false` makes a new repository public.
+
+    Raises:
+        ValueError: no or a malformed `hub_model_id`, before the stage begins; whatever `publish` raises, after it.
+    """
+    if not settings.get("push_to_hub") or settings.get("plan"):
+        yield
+        return
+    repo_id = settings.get("hub_model_id") or ""
+    check_repo_id(repo_id, "push_to_hub: true needs hub_model_id; it")
+    yield
+    if is_first_process():
+        publish(PublishConfig(run=run_dir, repo_id=repo_id, public=settings.get("hub_private_repo") is False))
+
+
+def check_repo_id(repo_id: str, name: str) -> None:
+    if not REPO_ID.fullmatch(repo_id):
+        raise ValueError(f"{name}={repo_id!r} must be OWNER/NAME, for example me/tiny-chat")
+
+
 def gather(run_dir: Path, stage: str, stages: list[str], repo_id: str, target: Path) -> Path:
     """A stage's model folder with the card, the report and its plots beside it, as it will lie on the Hub."""
     shutil.copytree(run_dir / stage, target, copy_function=link_or_copy)
     for name in ("report.md", "metrics.json"):
         if (run_dir / name).is_file():
-            shutil.copy(run_dir / name, target / name)
+            (target / name).unlink(missing_ok=True)  # or a link would be written through
+            (target / name).write_text(without_paths((run_dir / name).read_text(), run_dir), encoding="utf-8")
     if (run_dir / "plots").is_dir():
         shutil.copytree(run_dir / "plots", target / "plots")
     metrics_path = run_dir / "metrics.json"
     metrics = json.loads(metrics_path.read_text()) if metrics_path.is_file() else {}
+    (target / "README.md").unlink(missing_ok=True)
     (target / "README.md").write_text(model_card(run_dir, stage, stages, repo_id, metrics), encoding="utf-8")
     return target
+
+
+def without_paths(text: str, run_dir: Path) -> str:
+    """A report without the folders of the machine that made it: of each path in a stage's settings the name stays."""
+    paths = {str(run_dir.absolute())}
+
+    def collect(value) -> None:
+        if isinstance(value, str) and value.startswith(("/", "~", "../")):
+            paths.add(value)
+        for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            collect(item)
+
+    collect(str(run_dir))
+    for record in (run_dir / "eval").glob("*.json"):
+        collect(json.loads(record.read_text()).get("settings"))
+    for path in sorted(paths, key=len, reverse=True):
+        text = text.replace(path, public_name(path))
+    return text
 
 
 def gather_space(target: Path) -> Path:
@@ -119,11 +165,16 @@ def upload(branches: dict[str, Path], space: Path | None, config: PublishConfig)
     api = HfApi()
     try:
         api.create_repo(config.repo_id, private=not config.public, exist_ok=True)
+        if not config.public and not api.repo_info(config.repo_id).private:
+            raise ValueError(f"{config.repo_id} is there already and public: say --public, or choose another name")
         for branch, folder in branches.items():
             if branch != "main":
                 api.create_branch(config.repo_id, branch=branch, exist_ok=True)
             message = f"Upload the model of stage {branch}" if branch != "main" else "Upload the final model"
-            api.upload_folder(repo_id=config.repo_id, folder_path=folder, revision=branch, commit_message=message)
+            api.upload_folder(
+                repo_id=config.repo_id, folder_path=folder, revision=branch, commit_message=message,
+                delete_patterns="model*.safetensors*",  # of an earlier run, cut otherwise
+            )  # fmt: skip
             print(f"sent {branch} to {config.repo_id}", flush=True)
         if space is not None:
             variables = [{"key": "MODEL_ID", "value": config.repo_id}]

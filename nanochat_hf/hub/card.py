@@ -23,12 +23,20 @@ In `tokenizer(text)` a typed `<|bos|>` becomes the special token; with `split_sp
 lm-evaluation-harness:
 
     lm_eval --model hf --model_args pretrained={repo_id},trust_remote_code=True --tasks hellaswag
+
+TRL trains it on, as any model of transformers (`dataset`: rows of `messages`):
+
+```python
+from trl import SFTConfig, SFTTrainer
+
+SFTTrainer(model=model, processing_class=tokenizer, args=SFTConfig("tuned"), train_dataset=dataset).train()
+```
 """
 
 LIMITS = """A small model trained on little text: it states falsehoods fluently, counts badly without its calculator,
 and knows nothing after its training text. It was not aligned for safety. Use it to study how such models are made.
 
-No GGUF, MLX or ONNX copy exists."""
+No GGUF, MLX or ONNX copy exists: llama.cpp's converter does not know this model; `torch.onnx.export` takes it."""
 
 
 def model_card(run_dir: Path, stage: str, stages: list[str], repo_id: str, metrics: dict) -> str:
@@ -60,7 +68,8 @@ def model_card(run_dir: Path, stage: str, stages: list[str], repo_id: str, metri
         "## Limits\n\n" + LIMITS,
     ]
     if (run_dir / "report.md").is_file():
-        parts.append("## Report\n\n[report.md](report.md) has every setting, figure and plot of the run.")
+        parts.append("## Report\n\n[report.md](report.md) has every setting and figure of the run.")
+    parts += [f"![{path.stem}](plots/{path.name})" for path in sorted((run_dir / "plots").glob("*.png"))]
     return "\n\n".join(parts) + "\n"
 
 

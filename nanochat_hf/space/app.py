@@ -16,6 +16,7 @@ from contextlib import closing
 from dataclasses import replace
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("FORWARDED_ALLOW_IPS", "")  # or a caller on this machine could claim any address
 try:
     import spaces  # on ZeroGPU machines, and there before torch
 except ImportError:
@@ -39,6 +40,8 @@ from nanochat_hf.chat_service import (
     is_command,
     messages_of,
     run_command,
+    with_literal_tags,
+    without_literal_tags,
 )
 from nanochat_hf.decode_compiled import compile_decoding
 from nanochat_hf.sampling import Sampling
@@ -64,9 +67,10 @@ CSS = """
 """
 # What an answer yields is added to the conversation; only the page can empty it, and not while it takes in the answer.
 EMPTY_AFTER_CLEAR = f"""(messages) => {{
-  const last = messages.at(-1)?.content;
+  const [asked, answer] = messages.slice(-2).map(message => message.content?.[0]?.text ?? message.content);
   const clear = () => document.querySelector("#chat [aria-label=Clear]")?.click();
-  if ((last?.[0]?.text ?? last) === {json.dumps(FORGOTTEN)}) setTimeout(clear, 300);
+  if (messages.at(-1)?.role === "assistant" && /^\\s*\\/clear(\\s|$)/.test(asked) && answer === {json.dumps(FORGOTTEN)})
+    setTimeout(clear, 300);
 }}"""
 
 
@@ -84,6 +88,29 @@ def show(shown: list[gr.ChatMessage], event: ChatEvent) -> None:
             metadata = {"title": TOOL_TITLE, "status": "done"}
             shown.append(gr.ChatMessage(role="assistant", content="", metadata=metadata))
         shown[-1].content = event.text
+
+
+def show_tags(chatbot: gr.Chatbot) -> gr.Chatbot:
+    """Let the chat on the page show HTML as text; what the conversation holds stays as it was written.
+
+    Of a component's subclass Gradio would write a .pyi file beside this one, so the component itself is changed.
+    """
+    to_page, from_page = chatbot.postprocess, chatbot.preprocess
+
+    def postprocess(value):
+        data = to_page(value)
+        for content in (content for message in data.root for content in message.content if content.type == "text"):
+            content.text = with_literal_tags(content.text)
+        return data
+
+    def preprocess(payload):
+        messages = from_page(payload)
+        for content in (content for message in messages for content in message["content"] if content["type"] == "text"):
+            content["text"] = without_literal_tags(content["text"])
+        return messages
+
+    chatbot.postprocess, chatbot.preprocess = postprocess, preprocess
+    return chatbot
 
 
 def client_of(request: gr.Request) -> str:
@@ -108,6 +135,23 @@ def build_app(model_ids: list[str]) -> gr.Blocks:
     sessions = KeptSessions(models)
     rate_limit = RateLimit(int(os.environ.get("MESSAGES_PER_MINUTE", "20")))
 
+    def generate(
+        tab: str | None, model: str, messages: list[dict], sampling: Sampling, max_new_tokens: int, seed: int
+    ) -> Iterator[ChatEvent]:
+        """An answer's events. On ZeroGPU this runs in a process of its own: all else a request needs stays outside."""
+        session = sessions.take(tab, model)
+        try:
+            with closing(session.reply(messages, sampling, max_new_tokens, seed)) as events:
+                yield from events
+            if os.environ.get("LOG_CHATS") == "1":
+                print(json.dumps({"messages": session.messages}, ensure_ascii=False), flush=True)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        finally:
+            sessions.put_back(tab, model, session)
+
+    answer = spaces.GPU(generate) if spaces else generate
+
     def respond(
         message: str,
         history: list[dict],
@@ -122,33 +166,29 @@ def build_app(model_ids: list[str]) -> gr.Blocks:
             raise gr.Error(
                 f"More than {rate_limit.max_calls} messages in a minute: wait a little.", print_exception=False
             )
+        message = without_literal_tags(message)  # an edited one comes as the page shows it
         if is_command(message):
             yield [gr.ChatMessage(role="assistant", content=run_command(message)[0])]
             return
-        session = sessions.take(request.session_hash, model)
-        shown: list[gr.ChatMessage] = []
-        updated = 0.0
         try:
             messages = messages_of(history, message)
             check_limits(messages)
             sampling = Sampling(temperature, int(top_k))
-            seed = secrets.randbits(32) if seed is None or seed < 0 else int(seed)
-            with closing(session.reply(messages, sampling, int(max_new_tokens), seed)) as events:
-                for event in events:
-                    if event.kind == "notice" and event.text != COMPLETION_NOTICE:
-                        gr.Info(event.text)
-                    if event.kind == "end" and event.text != "finished":
-                        gr.Info(f"The answer was cut: {event.text.replace('_', ' ')}.")
-                    show(shown, event)
-                    if event.kind != "text" or time.monotonic() - updated > SECONDS_BETWEEN_UPDATES:
-                        updated = time.monotonic()
-                        yield [replace(piece) for piece in shown]  # copies: Gradio sends what differs from the last
-            if os.environ.get("LOG_CHATS") == "1":
-                print(json.dumps({"messages": session.messages}, ensure_ascii=False), flush=True)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        finally:
-            sessions.put_back(request.session_hash, model, session)
+        seed = secrets.randbits(32) if seed is None or seed < 0 else int(seed)
+        shown: list[gr.ChatMessage] = []
+        updated = 0.0
+        with closing(answer(request.session_hash, model, messages, sampling, int(max_new_tokens), seed)) as events:
+            for event in events:
+                if event.kind == "notice" and event.text != COMPLETION_NOTICE:
+                    gr.Info(event.text)
+                if event.kind == "end" and event.text != "finished":
+                    gr.Info(f"The answer was cut: {event.text.replace('_', ' ')}.")
+                show(shown, event)
+                if event.kind != "text" or time.monotonic() - updated > SECONDS_BETWEEN_UPDATES:
+                    updated = time.monotonic()
+                    yield [replace(piece) for piece in shown]  # copies: Gradio sends what differs from the last
 
     context_tokens = min(model.config.max_position_embeddings for model, _ in models.values())
     with gr.Blocks(title="nanochat", fill_height=True) as app:
@@ -168,12 +208,12 @@ def build_app(model_ids: list[str]) -> gr.Blocks:
         )
         seed = gr.Number(-1, minimum=-1, precision=0, label="Seed (-1 = another answer every time)", **hidden)
         chat = gr.ChatInterface(
-            spaces.GPU(respond) if spaces else respond,
-            chatbot=gr.Chatbot(
+            respond,
+            chatbot=show_tags(gr.Chatbot(
                 elem_id="chat", show_label=False, sanitize_html=True, allow_tags=False, buttons=["copy"], scale=1,
                 layout="bubble", height="calc(100dvh - 17rem)", min_height=240,
                 placeholder="Ask something, or type /help",
-            ),
+            )),
             examples=[[example] for example in EXAMPLES],
             additional_inputs=[temperature, top_k, length, seed, choice],
             additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
@@ -218,7 +258,7 @@ def main() -> None:
         app = build_app(model_ids)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
-    app.queue(max_size=MAX_QUEUED_ANSWERS).launch(theme=THEME, css=CSS)
+    app.queue(max_size=MAX_QUEUED_ANSWERS).launch(theme=THEME, css=CSS, max_file_size="1kb")  # nobody need send a file
 
 
 if __name__ == "__main__":
