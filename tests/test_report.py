@@ -122,6 +122,9 @@ def test_report_has_every_section_in_nanochats_order(run_dir, capsys):
     assert "| news | 100 | 50 | 2.00 | 40 | 2.50 | +20.0% |" in report
     assert "cannot be compared" in report
     assert "| CORE metric | 0.2000 | - | 0.1500 | - | - |" in report
+    assert "| Number of parameters | " in report and " | 560,988,160 |" in report
+    assert "| val bpb | 1.5000 | 0.8119 |" in report and "| Validation loss | " in report and " | 1.0118 |" in report
+    assert "| ChatCORE metric | - | - | 0.2500 | - | - | - |" in report, "mini tasks are not ChatCORE"
     assert "- mixture: source=arithmetic rows=30; source=identity" in report
     assert "| arithmetic | 30 | 900 | 90.00% | 3 |\n| identity | 10 | 100 | 10.00% | - |" in report
     assert "Training rows: truncated 2." in report
@@ -188,7 +191,16 @@ def test_a_figure_that_is_none_stays_one(run_dir):
     build_report(ReportConfig(run_dir=str(run_dir)))
     metrics = json.loads((run_dir / "metrics.json").read_text(), parse_constant=pytest.fail)
     assert metrics["core"]["core"] is None
-    assert "| core_copa | - | - | - | - | 0.3200 |" in (run_dir / "report.md").read_text()
+    report = (run_dir / "report.md").read_text()
+    assert "| core_copa | - | - | - | - | 0.3200 |" in report and "| CORE metric | - | - | - | - | 0.1957 |" in report
+
+
+def test_published_tasks_stand_beside_the_published_scores(run_dir):
+    tasks = {"chatcore_arc_easy": {"accuracy": 0.4, "centered": 0.2, "num_items": 9}}
+    write_record(run_dir, "chatcore_sft", {"chatcore": 0.2, "tasks": tasks})
+    section = sections.chat_evaluation(RunRecords(run_dir), "sft")
+    assert "| chatcore_arc_easy | 0.4000 |" in section and section.count("| 0.3969 |") == 1
+    assert section.splitlines()[-1] == "| ChatCORE metric | - | - | 0.2000 | - | - | 0.0985 |"
 
 
 def test_paired_test_counts_problems_and_is_exact(run_dir):

@@ -9,10 +9,9 @@ from collections.abc import Callable
 
 from ..evaluation.noise import error_of_share
 from ..tokenizer_evaluation import evaluation_tables
+from . import published
 from .formatting import bullets, duration, flatten, mebibytes, number, percent, quote, table
 from .metrics import tasks_of
-from .published import CORE as PUBLISHED_CORE
-from .published import NAME as PUBLISHED_NAME
 from .run_records import RunRecords
 
 # record -> (key of a result, its name in the report, its format), in nanochat's order
@@ -69,22 +68,31 @@ RESULTS: dict[str, list[tuple[str, str, Callable]]] = {
         ("accuracy", "Held-out pairs with a margin above 0", percent),
     ],
 }
+COST = [("seconds", "Wall clock of the stage", duration), ("peak_memory_mib", "Peak memory usage", mebibytes)]
 
 
 def stage_section(records: RunRecords, title: str, name: str) -> str:
     """Settings and results of a training stage."""
     if name not in records:
         return not_run(title)
-    known = RESULTS[name]
-    results = dict(flatten(records.results(name)))
-    lines = [(label, "-" if results.get(key) is None else form(results[key])) for key, label, form in known]
     cost = records.cost(name)
-    lines += [("Wall clock of the stage", duration(cost.get("seconds")))]
-    lines += [("Peak memory usage", mebibytes(cost.get("peak_memory_mib")))]
+    results = dict(flatten(records.results(name))) | {key: cost.get(key) for key in ("seconds", "peak_memory_mib")}
+    known = [*RESULTS[name], *COST]
     shown = {key for key, _, _ in known}
-    lines += [(key, number(value)) for key, value in results.items() if key not in shown and not is_table(key)]
-    parts = [heading(records, title, name), settings(records, name), "**Results**\n\n" + bullets(lines)]
+    further = [(key, number(value)) for key, value in results.items() if key not in shown and not is_table(key)]
+    parts = [heading(records, title, name), settings(records, name), results_table(name, known, results)]
+    parts += [bullets(further)] if further else []
     return "\n\n".join([*parts, *mixture_table(records.results(name)), *pass_table(records.curve(name))])
+
+
+def results_table(name: str, known: list[tuple[str, str, Callable]], results: dict) -> str:
+    """Results of a record, and the published run's beside them where it had this stage."""
+    theirs = published.RESULTS.get(name)
+    rows = []
+    for key, label, form in known:
+        sides = [results, theirs] if theirs else [results]
+        rows.append([label, *("-" if side.get(key) is None else form(side[key]) for side in sides)])
+    return table(["Result", "This run", published.NAME][: len(rows[0])], rows)
 
 
 def is_table(key: str) -> bool:
@@ -135,13 +143,13 @@ def base_loss(records: RunRecords) -> str:
     if "base_loss" not in records:
         return not_run(title)
     results = records.results("base_loss")
-    lines = [("train bpb", number(results.get("train_bpb"))), ("val bpb", number(results.get("val_bpb")))]
+    figures = results_table("base_loss", [("train_bpb", "train bpb", number), ("val_bpb", "val bpb", number)], results)
     texts = [
         sample if isinstance(sample, str) else f"{sample['prompt']}{sample['completion']}"
         for sample in results.get("samples", [])
     ]
     samples = "\n\n".join(f"sample {index}:\n\n{quote(text)}" for index, text in enumerate(texts))
-    return "\n\n".join([heading(records, title, "base_loss"), bullets(lines), samples or "No samples were recorded."])
+    return "\n\n".join([heading(records, title, "base_loss"), figures, samples or "No samples were recorded."])
 
 
 def base_evaluation(records: RunRecords) -> str:
@@ -152,15 +160,18 @@ def base_evaluation(records: RunRecords) -> str:
     mean, stderr = (records.results("core").get(key) for key in ("core", "core_stderr"))
     rows = [["CORE metric", number(mean), "-", number(stderr), "-", "-"]]
     for name, task in tasks_of(records, "core").items():
-        published = PUBLISHED_CORE.get(name.removeprefix("core_"))
+        theirs = published.CORE.get(name.removeprefix("core_"))
         accuracy, items = task.get("accuracy"), task.get("num_items")
         error = number(error_of_share(accuracy, items)) if items else "-"
-        rows.append([name, number(task["centered"]), number(accuracy), error, number(items), number(published)])
-    header = ["Task", "Centered", "Accuracy", "Standard error", "Items", f"{PUBLISHED_NAME}, centered"]
+        rows.append([name, number(task["centered"]), number(accuracy), error, number(items), number(theirs)])
+    is_core = any(name.removeprefix("core_") in published.CORE for name in tasks_of(records, "core"))
+    if is_core:
+        rows[0][-1] = number(published.SUMMARY["CORE"]["base"])
+    header = ["Task", "Centered", "Accuracy", "Standard error", "Items", f"{published.NAME}, centered"]
     steps = records.results("base").get("num_steps") if "base" in records else None
     model = f"Model: `{records.records['core'].get('model_name', 'base')}` (step {number(steps)})"
     parts = [heading(records, title, "core"), settings(records, "core"), model, table(header, rows)]
-    if not any(name.removeprefix("core_") in PUBLISHED_CORE for name in tasks_of(records, "core")):
+    if not is_core:
         parts.append(
             "These are this project's embedded mini tasks: they exercise CORE's three kinds of question and "
             "cannot be compared with anyone's CORE."
@@ -178,10 +189,13 @@ def chat_evaluation(records: RunRecords, stage: str) -> str:
         accuracy, items = figures["accuracy"], figures.get("num_items")
         error = number(error_of_share(accuracy, items)) if items else "-"
         centered, in_form = number(figures.get("centered")), number(figures.get("format"))
-        rows.append([task, number(accuracy), error, centered, number(items), in_form])
+        theirs = published.SUMMARY.get(published.row_name(task), {}).get(stage)
+        rows.append([task, number(accuracy), error, centered, number(items), in_form, number(theirs)])
     mean, stderr = (records.results(name).get(key) for key in ("chatcore", "chatcore_stderr"))
-    rows.append(["ChatCORE metric", "-", number(stderr), number(mean), "-", "-"])
-    header = ["Task", "Accuracy", "Standard error", "Centered", "Problems", "In form"]
+    is_chatcore = any(published.row_name(row[0]) in published.CHATCORE_TASKS for row in rows)
+    theirs = published.SUMMARY["ChatCORE"].get(stage) if is_chatcore else None
+    rows.append(["ChatCORE metric", "-", number(stderr), number(mean), "-", "-", number(theirs)])
+    header = ["Task", "Accuracy", "Standard error", "Centered", "Problems", "In form", published.NAME]
     return "\n\n".join(
         [heading(records, title, name), settings(records, name), protocol(records, name), table(header, rows)]
     )

@@ -6,8 +6,6 @@ from .metrics import CHAT_STAGES, tasks_of
 from .run_records import RunRecords
 
 STAGES = ("base", "mid", "sft", "rl")
-# Our task names, without `chatcore_`, that are the published ones.
-PUBLISHED_NAMES = {name.lower().replace("-", "_"): name for name in published.CHATCORE_TASKS}
 
 
 def summary_table(records: RunRecords, metrics: dict) -> str:
@@ -18,7 +16,7 @@ def summary_table(records: RunRecords, metrics: dict) -> str:
     scores: dict[str, dict[str, float]] = {}
     for stage in CHAT_STAGES:
         for task, figures in tasks_of(records, f"chatcore_{stage}").items():
-            scores.setdefault(row_name(task), {})[stage] = figures["accuracy"]
+            scores.setdefault(published.row_name(task), {})[stage] = figures["accuracy"]
     if not scores.keys() & set(published.CHATCORE_TASKS):
         chat_row = "ChatCORE (embedded mini tasks)"
     ours: dict[str, dict[str, float | None]] = {"CORE": {}}
@@ -39,21 +37,16 @@ def summary_table(records: RunRecords, metrics: dict) -> str:
     )
 
 
-def row_name(task: str) -> str:
-    """A chat task's name in the table: `chatcore_arc_easy` is the published ARC-Easy."""
-    short = task.removeprefix("chatcore_")
-    return PUBLISHED_NAMES.get(short, short)
-
-
 def cost_table(records: RunRecords, metrics: dict, hourly_rate: float | None) -> str:
     """Seconds, tokens, tokens a second and peak memory of every record; dollars where the machine's price is known."""
-    header = ["Step", "Wall clock", "Tokens", "Tokens/s", "Peak memory", f"{published.NAME} wall clock"]
+    theirs_too = [f"{published.NAME} wall clock", f"{published.NAME} tokens"]
+    header = ["Step", "Wall clock", "Tokens", "Tokens/s", "Peak memory", *theirs_too]
     rows = []
     for name in sorted(records.records, key=lambda name: records.records[name].get("started", 0.0)):
         results, cost = records.results(name), records.cost(name)
         seconds, tokens = cost.get("seconds"), results.get("tokens")
         rate = results.get("tokens_per_second")
-        theirs = published.COST.get(name, (None, None, None))[0]
+        their_seconds, their_tokens = published.COST.get(name, (None, None))
         rows.append(
             [
                 name,
@@ -61,11 +54,12 @@ def cost_table(records: RunRecords, metrics: dict, hourly_rate: float | None) ->
                 number(tokens),
                 number(rate and round(rate)),
                 mebibytes(cost.get("peak_memory_mib")),
-                duration(theirs),
+                duration(their_seconds),
+                number(their_tokens),
             ]
         )
     total = metrics["total_seconds"]
-    rows.append(["total", duration(total), "-", "-", "-", duration(published.COST["total"][0])])
+    rows.append(["total", duration(total), "-", "-", "-", duration(published.COST["total"][0]), "-"])
     text = table(header, rows)
     if hourly_rate is not None:
         text += f"\n\nCost at ${hourly_rate:.2f} an hour: ${hourly_rate * total / 3600:.2f}"
