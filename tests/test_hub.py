@@ -38,14 +38,8 @@ PUBLISH = """
 import sys
 import nanochat_hf.hub as hub
 from nanochat_hf.configs import PublishConfig
-if sys.argv[2] == "unchecked":
-    hub.check_folder = lambda folder: "not checked"
 hub.check.math.log = lambda value: 1e9  # the models are untrained
-try:
-    hub.publish(PublishConfig(run=sys.argv[1], repo_id="me/tiny", space=True))
-except ValueError as error:
-    print(error)
-    sys.exit(3)
+hub.publish(PublishConfig(run=sys.argv[1], repo_id="me/tiny", space=True))
 """
 
 
@@ -83,12 +77,11 @@ def hub(tmp_path):
         environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_x", "HF_HUB_DISABLE_XET": "1"}
         environment |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
 
-        def run(code, *arguments, status=0):
+        def run(code, *arguments):
             command = [sys.executable, "-c", code, *map(str, arguments)]
             done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-            assert done.returncode == status, done.stderr
+            assert done.returncode == 0, done.stderr
             assert "hf_x" not in done.stdout + done.stderr
-            return done.stdout
 
         hub.run = run
         yield hub
@@ -123,7 +116,7 @@ def test_published_models_load_without_this_package(run_dir, hub, tmp_path, tiny
         tiny_model.get_output_embeddings().weight.mul_(2)
     (run_dir / "rl").mkdir()
     save_model(tiny_model, tiny_tokenizer, run_dir / "rl")
-    hub.run(PUBLISH, run_dir, "checked")
+    hub.run(PUBLISH, run_dir)
     repo = hub.repos["me/tiny"]
     assert repo["private"] is True and set(repo["branches"]) == {"main", "sft", "rl"}
     main = repo["branches"]["main"]
@@ -142,34 +135,46 @@ def test_published_models_load_without_this_package(run_dir, hub, tmp_path, tiny
         assert torch.equal(theirs["logits"], ours)
 
 
+@pytest.fixture
+def send(run_dir, hub, monkeypatch):
+    """Publishes the run to the Hub on loopback in this process, unchecked."""
+    monkeypatch.setattr("nanochat_hf.hub.check_folder", lambda folder: "not checked")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    return lambda: publish(PublishConfig(run=str(run_dir), repo_id="me/tiny"))
+
+
 def num_puts(hub):
     return sum(method == "PUT" for method, _ in hub.requests)
 
 
-def test_an_upload_that_broke_off_goes_on_where_it_was(run_dir, hub, tiny_model, tiny_tokenizer):
+def test_an_upload_that_broke_off_goes_on_where_it_was(run_dir, hub, send, tiny_model, tiny_tokenizer):
     with torch.no_grad():
         tiny_model.get_output_embeddings().weight.mul_(2)
     (run_dir / "rl").mkdir()
     save_model(tiny_model, tiny_tokenizer, run_dir / "rl")
     hub.num_objects_taken = 2  # of three: two models and a plot
-    said = hub.run(PUBLISH, run_dir, "unchecked", status=3)
-    assert "un the same command again" in said or "What was sent is kept" in said
+    with pytest.raises(ValueError, match="what was sent is kept"):
+        send()
     hub.num_objects_taken, before = None, num_puts(hub)
-    hub.run(PUBLISH, run_dir, "unchecked")
+    send()
     assert num_puts(hub) == before + 1
     assert set(hub.repos["me/tiny"]["branches"]) == {"main", "sft", "rl"}
     for files in hub.repos["me/tiny"]["branches"].values():
         files["model-00002-of-00002.safetensors"] = b"of an earlier, larger model"
         files["notes.md"] = b"somebody's own"
-    hub.run(PUBLISH, run_dir, "unchecked")
+    send()
     assert num_puts(hub) == before + 1, "weights were sent twice"
     for files in hub.repos["me/tiny"]["branches"].values():
         assert "notes.md" in files and "model-00002-of-00002.safetensors" not in files
 
 
-def test_nothing_goes_to_a_public_repository_unasked(run_dir, hub):
+def test_nothing_goes_to_a_public_repository_unasked(hub, send):
     hub.repos["me/tiny"] = {"private": False, "branches": {"main": {}}}
-    assert "me/tiny is there already and public: say --public" in hub.run(PUBLISH, run_dir, "unchecked", status=3)
+    with pytest.raises(ValueError, match="me/tiny is there already and public: say --public"):
+        send()
     assert hub.repos["me/tiny"]["branches"] == {"main": {}}
 
 
