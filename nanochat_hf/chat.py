@@ -93,6 +93,8 @@ class ChatSession:
 
     def _encode(self, messages: list[dict], max_new_tokens: int) -> tuple[list[int], list[str]]:
         """The conversation as token ids that leave room for an answer, and notices not given before."""
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
         if not messages or messages[-1]["role"] != "user":
             raise ValueError("a conversation must end with a user message to be answered")
         room = self.context_tokens - min(max_new_tokens, self.context_tokens // 4)
@@ -112,9 +114,10 @@ class ChatSession:
                 ids = self._render(messages)
             notices.append(DROPPED_NOTICE.format(tokens=self.context_tokens))
         if len(ids) > room:
+            what = "system text and message together are" if messages[0]["role"] == "system" else "the message is"
             raise ValueError(
-                f"the message is {len(ids):,} tokens long; this model reads {self.context_tokens:,}, of which "
-                f"{room:,} for the question: shorten it by about {100 - 100 * room // len(ids)}%"
+                f"{what} {len(ids):,} tokens long; this model reads {self.context_tokens:,}, of which {room:,} for the "
+                f"question: shorten it by about {len(ids) - room:,} tokens"
             )
         return ids, [notice for notice in notices if notice not in self._notices_given]
 
@@ -164,16 +167,18 @@ def without_oldest_turn(messages: list[dict]) -> list[dict]:
     return messages[:start] + messages[users[1] :] if len(users) > 1 else messages
 
 
-def load_chat_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_chat_model(name: str | os.PathLike) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer from a folder or the Hub, on the GPU if there is one.
 
     Raises:
         ValueError: no such folder, a folder that is no model, a Hub id that cannot be reached; the message says which.
     """
+    name = os.fspath(name)
     folder = Path(os.path.expanduser(name))
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(
-            f"{name} is no model folder, it has no config.json; a run's models are its folders base, mid, sft and rl"
+            f"{name} is no model folder, it has no config.json; a run's models are its folders mid, sft and rl, and "
+            f"base, which only continues text"
         )
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "/" in name and folder.parent.is_dir()
     if not folder.is_dir() and is_path:

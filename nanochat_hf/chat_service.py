@@ -15,7 +15,7 @@ MAX_TEMPERATURE, MAX_TOP_K, MAX_NEW_TOKENS = 2.0, 200, 4_096
 NUM_KEPT_CACHES = 8  # conversations whose key/value cache waits for the next turn
 TOOL_TITLE = "Calculator"
 FORGOTTEN = "Forgotten."
-COMMAND, MAX_COMMAND_CHARS = re.compile(r"/[a-z]+(?: [^\n]*)?"), 200
+COMMAND, MAX_COMMAND_CHARS = re.compile(r"/[A-Za-z_]+(?:[ \t=][^\n]*)?"), 200
 TAG = re.compile(r"<(?=[A-Za-z/!?])")
 CODE = re.compile(r"(^ {0,3}```.*?(?:^ {0,3}```|\Z)|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 JOINER = "\u2060"  # invisible, of no width; a tag's name cannot begin with it

@@ -10,6 +10,7 @@ check: an unknown key names its nearest valid neighbour, a wrong type names what
 import dataclasses
 import difflib
 import importlib
+import os
 import signal
 import sys
 import types
@@ -96,6 +97,9 @@ def run_command(main: Callable[[], object]) -> None:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # whoever read has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (OSError, SafetensorError) as error:  # the latter is what a full disk makes of saving weights
         print(f"error: {error}\nWhat was saved before is whole: mend this and run the command again", file=sys.stderr)
         sys.exit(2)

@@ -40,7 +40,9 @@ class Sampling:
         if self.temperature and not MIN_TEMPERATURE <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be 0 (greedy) or {MIN_TEMPERATURE:g} and more, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be 1 or more, or None for all tokens, got {self.top_k}")
+            raise ValueError(
+                f"top_k must be 1 or more, or None (on the command line 0) for all tokens, got {self.top_k}"
+            )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, or None for all tokens, got {self.top_p}")
         if not 0 < self.repetition_penalty < float("inf"):

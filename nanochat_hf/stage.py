@@ -57,7 +57,7 @@ class Stage:
         elif name in STAGES and (self.run_dir / name).is_dir():
             raise ValueError(
                 f"{self.run_dir / name} is there already, and no stage of this run has written it: move it away, or "
-                f"choose another folder (--output_dir)"
+                f"choose another folder (--run_dir, of run.sh --output_dir)"
             )
 
     def _refuse_other_recipe(self, theirs: dict, hint: str = "") -> None:
@@ -67,7 +67,7 @@ class Stage:
             raise ValueError(
                 f"{self.run_dir} belongs to another recipe: its stage `{self.name}` was made with "
                 f"{key}={theirs.get(key)!r}, now {key}={self.settings.get(key)!r}. "
-                f"Choose another folder (--output_dir), or start this one over (--fresh).{hint}"
+                f"Choose another folder (--run_dir, of run.sh --output_dir), or start over (run.sh --fresh).{hint}"
             )
 
     def __enter__(self) -> "Stage":

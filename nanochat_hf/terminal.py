@@ -43,10 +43,11 @@ def chat(config: ChatConfig) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     terminal = Terminal(config)
-    if config.prompt is None and sys.stdin.isatty():
+    if config.prompt is None and sys.stdin is not None and sys.stdin.isatty():
         terminal.converse()
     else:
-        terminal.answer_once(sys.stdin.read() if config.prompt is None else config.prompt)
+        piped = "" if config.prompt is not None or sys.stdin is None else sys.stdin.read()
+        terminal.answer_once(piped if config.prompt is None else config.prompt)
 
 
 @dataclass
@@ -62,7 +63,8 @@ class Terminal:
         if self.config.compile:
             print("(compiling)", file=sys.stderr, flush=True)
             compile_decoding(self.model, batch_sizes=[1])
-        self.dim, self.plain = ("\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "")
+        has_styles = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+        self.dim, self.plain = ("\033[2m", "\033[0m") if has_styles else ("", "")
         self.clear()
 
     def clear(self) -> None:
@@ -79,7 +81,9 @@ class Terminal:
     def converse(self) -> None:
         """Read, answer, repeat."""
         with suppress(ImportError):  # arrow keys and line history for input(); Windows has its own
-            import readline  # noqa: F401
+            import readline
+
+            readline.parse_and_bind("set enable-bracketed-paste on")  # several pasted lines are one message
         print(f"{self.config.model}: type a message, /help for commands, Ctrl-D to leave")
         while True:
             try:
@@ -90,7 +94,7 @@ class Terminal:
             except EOFError:
                 print()
                 return
-            if text.strip() in ("/exit", "/quit"):
+            if text.split()[:1] in (["/exit"], ["/quit"]):
                 return
             if COMMAND.fullmatch(text.strip()):
                 print(self.run_command(text))
@@ -185,7 +189,11 @@ def read_message() -> str:
         return line
     text = line.lstrip()[len(TRIPLE) :]
     while not text.rstrip().endswith(TRIPLE):
-        text += "\n" + input(". ")
+        try:
+            text += "\n" + input(". ")
+        except EOFError:
+            print("\n(dropped)")
+            return ""
     return text.rstrip()[: -len(TRIPLE)].strip("\n")
 
 

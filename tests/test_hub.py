@@ -53,7 +53,7 @@ def run_dir(tmp_path, tiny_model, tiny_tokenizer):
     settings = {"mixture": [{"source": "arithmetic"}, {"source": "messages", "dataset": "/home/me/talk.jsonl"}]}
     (run / "eval" / "sft.json").write_text(json.dumps({"settings": settings, "results": {}}))
     metrics = {
-        "base": {"val_bpb": 1.5},
+        "base": {"val_bpb": 1.5, "num_parameters": 12345},
         "chatcore": {
             "chatcore": 0.25,
             "chatcore_stderr": 0.02,
@@ -205,19 +205,31 @@ def test_a_stage_publishes_when_it_has_finished(monkeypatch):
     ]  # fmt: skip
 
 
-def test_the_card_states_scores_data_and_no_paths(run_dir):
+def test_the_card_states_scores_data_and_no_paths(run_dir, tiny_model):
     metrics = json.loads((run_dir / "metrics.json").read_text())
     card = model_card(run_dir, "rl", ["sft", "rl"], "me/tiny", metrics)
-    assert "- chatcore_mini_arithmetic: 0.5000 (accuracy, 40 items)" in card and "1.5000 bits per byte" in card
-    assert "- chatcore_mini: 0.2500 ± 0.0200 (mean centered accuracy, 40 items)" in card and "chatcore:" not in card
+    assert (
+        "- chatcore_mini_arithmetic: 0.5000 (accuracy, 40 items; model after `sft`)" in card
+        and "1.5000 bits per byte" in card
+    )
+    assert (
+        "- chatcore_mini: 0.2500 ± 0.0200 (mean centered accuracy, 40 items; model after `sft`)" in card
+        and "chatcore:" not in card
+    )
     with pytest.raises(ValueError, match="build the report again"):
         model_card(run_dir, "rl", ["rl"], "me/tiny", {"core": {"core": 0.1}})
     real = {"core": {"core": 0.1, "core_copa": 0.2, "num_items": {"core_copa": 9}}}
-    assert "- core: 0.1000 (mean centered accuracy, 9 items)" in model_card(run_dir, "rl", ["rl"], "me/tiny", real)
+    assert "- core: 0.1000 (mean centered accuracy, 9 items; model after `base`)" in model_card(
+        run_dir, "rl", ["rl"], "me/tiny", real
+    )
     assert "- sft: arithmetic, talk.jsonl" in card and "/home/me" not in card
     assert "lm_eval --model hf" in card and "SFTTrainer(" in card and "No GGUF" in card and "push_to_hub" not in card
     assert "license: mit" in card and "library_name: transformers" in card
     assert "3.5" not in card.split("## Use")[0]
+    assert "model-index" not in card, "the scores are the sft model's"
+    card = model_card(run_dir, "sft", ["sft", "rl"], "me/tiny", metrics)
+    assert "model-index" in card and 'from_pretrained("me/tiny", revision="sft", trust' in card
+    assert f"layers: {tiny_model.config.num_hidden_layers}; " in card and "parameters: 12,345" in card
     assert public_name("HuggingFaceTB/smol-smoltalk") == "HuggingFaceTB/smol-smoltalk"
     assert "This run was not evaluated." in model_card(run_dir, "rl", ["rl"], "me/tiny", {})
 
@@ -271,6 +283,7 @@ def test_a_folder_that_others_cannot_use_is_refused(run_dir, monkeypatch, tiny_m
         ("nowhere", "me/tiny", "run a recipe first"),
         (None, "tiny", "must be OWNER/NAME"),
         (None, "", "must be OWNER/NAME"),
+        (None, "me/a--b", "repo_id='me/a--b': Cannot have"),
     ],
 )
 def test_bad_arguments(run_dir, run, repo_id, message):

@@ -1,6 +1,8 @@
 """Recipes and flags: merging, and an error that names the fix for everything that does not fit."""
 
 import dataclasses
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -97,3 +99,12 @@ def test_run_command_prints_one_line(capsys):
         run_command(main)
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: give a number\n"
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    script = (
+        "from nanochat_hf.recipe import run_command\nrun_command(lambda: [print(i, flush=True) for i in range(99999)])"
+    )
+    command = f'"{sys.executable}" -c "$0" | head -1; echo ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command, script], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("0\n141\n", "")

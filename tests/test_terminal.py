@@ -87,9 +87,15 @@ def test_a_file_that_cannot_be_written_costs_nothing(typed, tmp_path):
     assert shown.count("not saved") == 2 and "(saved: " in shown
 
 
-def test_a_path_is_no_command(typed):
-    typed("/etc/hosts is what?")
-    assert typed.terminal.session.messages[0]["content"] == "/etc/hosts is what?"
+def test_a_path_is_no_command_and_a_mistyped_command_no_message(typed):
+    shown = typed("/etc/hosts is what?", "/top_p 0.9", "/Help", "/temperature=0.5", "/exit now", "never read")
+    assert [m["content"] for m in typed.terminal.session.messages[::2]] == ["/etc/hosts is what?"]
+    assert shown.count("did you mean") == 3
+
+
+def test_leaving_a_long_message_leaves_the_program_alone(typed):
+    shown = typed('"""one', EOFError(), "two")
+    assert "(dropped)" in shown and [m["content"] for m in typed.terminal.session.messages[::2]] == ["two"]
 
 
 def test_several_lines_are_one_message(typed):
@@ -115,6 +121,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(typed, model, monkeypatch):
 
 def test_an_overlong_message_is_answered_by_its_reason(typed):
     assert "(the message is" in typed("word " * 9999, "Hi")
+    assert "(system text and message together are" in typed("Hi", system="word " * 9999)
+    assert "(max_new_tokens must be 1 or more, got -5)" in typed("Hi", max_new_tokens=-5)
 
 
 def test_one_prompt_gives_the_bare_answer(model, tiny_tokenizer, monkeypatch, capsys):
@@ -153,5 +161,7 @@ def test_the_script_answers_piped_input(tiny_model, tiny_tokenizer, tmp_path):
     command = [sys.executable, script, "--model", tmp_path, "--seed", "1", "--max_new_tokens", "8"]
     piped = subprocess.run(command, input="Hi there\n", capture_output=True, text=True)
     assert piped.returncode == 0 and piped.stdout.strip(), piped.stderr
+    closed = subprocess.run(["bash", "-c", '"$@" <&-', "-", *map(str, command)], capture_output=True, text=True)
+    assert closed.returncode == 2 and "nothing to answer" in closed.stderr.splitlines()[-1]
     failed = subprocess.run([*command, "--temperature=-1"], input="Hi", capture_output=True, text=True)
     assert failed.returncode == 2 and failed.stderr.startswith("error: temperature must be")

@@ -16,6 +16,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from ..configs import PublishConfig
 from ..stage import STAGES, is_first_process
 from .card import model_card, public_name
@@ -78,6 +81,10 @@ def published(run_dir: str, settings: dict) -> Iterator[None]:
 def check_repo_id(repo_id: str, name: str) -> None:
     if not REPO_ID.fullmatch(repo_id):
         raise ValueError(f"{name}={repo_id!r} must be OWNER/NAME, for example me/tiny-chat")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{name}={repo_id!r}: {error}") from error
 
 
 def gather(run_dir: Path, stage: str, stages: list[str], repo_id: str, target: Path) -> Path:

@@ -8,8 +8,8 @@ from huggingface_hub import EvalResult, ModelCardData
 USAGE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{repo_id}"{revision}, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("{repo_id}"{revision}, trust_remote_code=True)
 messages = [{{"role": "user", "content": "Who are you?"}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 answer = model.generate(**inputs, max_new_tokens=100)
@@ -27,9 +27,11 @@ lm-evaluation-harness:
 TRL trains it on, as any model of transformers (`dataset`: rows of `messages`):
 
 ```python
+import torch
 from trl import SFTConfig, SFTTrainer
 
-SFTTrainer(model=model, processing_class=tokenizer, args=SFTConfig("tuned"), train_dataset=dataset).train()
+arguments = SFTConfig("tuned", use_cpu=not torch.cuda.is_available())
+SFTTrainer(model=model, processing_class=tokenizer, args=arguments, train_dataset=dataset).train()
 ```
 """
 
@@ -54,7 +56,7 @@ def model_card(run_dir: Path, stage: str, stages: list[str], repo_id: str, metri
         language="en",
         tags=["nanochat", "nanochat_hf", "custom_code"],
         model_name=repo_id.split("/")[1],
-        eval_results=evaluation_results(metrics) or None,
+        eval_results=[result for of_stage, result in evaluation_results(metrics) if of_stage == stage] or None,
     )
     others = ", ".join(f"`{name}`" for name in stages)
     parts = [
@@ -62,7 +64,8 @@ def model_card(run_dir: Path, stage: str, stages: list[str], repo_id: str, metri
         f"# {repo_id.split('/')[1]}",
         f"The model after stage `{stage}` of a [nanochat](https://github.com/karpathy/nanochat)-style run from scratch "
         f"on the HuggingFace stack. Branches hold the model after each stage ({others}); `main` is the last.",
-        "## Use\n\n" + USAGE.format(repo_id=repo_id),
+        size_text(run_dir / stage / "config.json", metrics),
+        "## Use\n\n" + USAGE.format(repo_id=repo_id, revision="" if stage == stages[-1] else f', revision="{stage}"'),
         "## Results\n\n" + results_text(metrics),
         "## Training data\n\n" + training_data(run_dir, stages),
         "## Limits\n\n" + LIMITS,
@@ -73,8 +76,23 @@ def model_card(run_dir: Path, stage: str, stages: list[str], repo_id: str, metri
     return "\n\n".join(parts) + "\n"
 
 
-def evaluation_results(metrics: dict) -> list[EvalResult]:
-    """Scores for the Hub's widget, each with how many items it is of; only what was measured.
+def size_text(config_path: Path, metrics: dict) -> str:
+    """How large the model is and how much it reads, as its configuration and the report say."""
+    config = json.loads(config_path.read_text()) if config_path.is_file() else {}
+    said = {
+        "architecture": config.get("architecture"),
+        "layers": config.get("num_hidden_layers"),
+        "width": config.get("hidden_size"),
+        "vocabulary": config.get("vocab_size"),
+        "context, tokens": config.get("max_position_embeddings"),
+        "parameters": metrics.get("base", {}).get("num_parameters"),
+    }
+    texts = {name: f"{value:,}" if isinstance(value, int) else value for name, value in said.items()}
+    return "; ".join(f"{name}: {text}" for name, text in texts.items() if text) or "Its size: config.json."
+
+
+def evaluation_results(metrics: dict) -> list[tuple[str, EvalResult]]:
+    """Scores for the Hub's widget, each with its stage and how many items it is of; only what was measured.
 
     A mean of the embedded mini tasks alone is no CORE and no ChatCORE: it is named `core_mini`, `chatcore_mini`.
 
@@ -86,14 +104,15 @@ def evaluation_results(metrics: dict) -> list[EvalResult]:
         figures = metrics.get(group, {})
         if figures and "num_items" not in figures:
             raise ValueError("metrics.json does not say how many items a score is of; build the report again")
-        num_items = figures.get("num_items", {})
+        num_items, stage = figures.get("num_items", {}), figures.get("stage", "base")
         real = [task for task in num_items if not task.startswith(f"{group}_mini_")]
         if figures.get(group) is not None:
             name = group if real else f"{group}_mini"
             total = sum(num_items[task] for task in real or num_items)
-            found.append(_result(name, figures[group], "mean centered accuracy", total, figures.get(f"{group}_stderr")))
+            result = _result(name, figures[group], "mean centered accuracy", total, figures.get(f"{group}_stderr"))
+            found.append((stage, result))
         metric = "centered accuracy" if group == "core" else "accuracy"
-        found += [_result(task, figures[task], metric, num_items[task]) for task in num_items]
+        found += [(stage, _result(task, figures[task], metric, num_items[task])) for task in num_items]
     return found
 
 
@@ -112,12 +131,17 @@ def _result(name: str, value: float, metric: str, num_items: int, stderr: float 
 def results_text(metrics: dict) -> str:
     """The scores as a list; a line that says so where nothing was measured."""
     lines = []
-    for result in evaluation_results(metrics):
+    for stage, result in evaluation_results(metrics):
         error = f" ± {result.dataset_args['stderr']:.4f}" if "stderr" in result.dataset_args else ""
         items = f"{result.dataset_args['num_items']} items"
-        lines.append(f"- {result.dataset_name}: {result.metric_value:.4f}{error} ({result.metric_name}, {items})")
+        score = f"{result.metric_value:.4f}{error} ({result.metric_name}, {items}; model after `{stage}`)"
+        lines.append(f"- {result.dataset_name}: {score}")
     if (bpb := metrics.get("base", {}).get("val_bpb")) is not None:
         lines.insert(0, f"- base model, validation: {bpb:.4f} bits per byte")
+    if any("_mini" in line for line in lines):
+        lines.append(
+            "\n`mini` tasks are nanochat-hf's own small ones; four choices give 0.25 to a guess, 0 when centered."
+        )
     return "\n".join(lines) or "This run was not evaluated."
 
 
