@@ -16,9 +16,6 @@ from contextlib import closing
 from dataclasses import replace
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-# Gradio would keep 10,000 requests' times, and make a table of them all at every request.
-os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")
-os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", "100")
 os.environ.setdefault("FORWARDED_ALLOW_IPS", "")  # or a caller on this machine could claim any address
 try:
     import spaces  # on ZeroGPU machines, and there before torch
