@@ -1,5 +1,7 @@
 """What the machine can do: bf16 or not, its peak, and how much of it a run uses (MFU)."""
 
+import ctypes
+
 import torch
 
 from .scaling import ScalingPlan
@@ -27,6 +29,22 @@ def supports_bf16(device: torch.device) -> bool:
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return False
+
+
+def return_freed_memory() -> None:
+    """Let glibc give freed memory back to the system, as long as this process lives; elsewhere, do nothing.
+
+    By default the size from which a block is mapped by itself grows with the blocks freed, up to 32 MiB, and every few
+    threads share a heap: a server's freed tensors then stay there, and the heaps grow by the holes between them.
+    Source: mallopt(3).
+    """
+    m_mmap_threshold, m_arena_max = -3, -8
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # macOS, musl, Windows: other allocators
+        return
+    mallopt(m_mmap_threshold, 128 * 1024)
+    mallopt(m_arena_max, 2)
 
 
 def has_compiler() -> bool:

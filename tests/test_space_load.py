@@ -118,7 +118,7 @@ def test_many_conversations_at_once(users, seconds, server):
     jobs = [clients[i % users].submit(f"burst {i}", 1.0, 50, NEW_TOKENS, i) for i in range(burst)]
     outcomes = [job.exception(timeout=300) for job in jobs]
     refused = [error for error in outcomes if error is not None]
-    assert refused and all(isinstance(error, QueueError) for error in refused), refused
+    assert refused and not [repr(error) for error in refused if not isinstance(error, QueueError)]
     clients[0].predict("/clear", 1.0, 50, NEW_TOKENS, 0)
     after = clients[0].predict("still there", 1.0, 50, NEW_TOKENS, 3)
     assert pieces_of(after) == answer_alone(ChatSession(model, tokenizer), [], "still there", 3)

@@ -16,6 +16,7 @@ from contextlib import closing
 from dataclasses import replace
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", "1000")  # else every request tabulates the last 10,000
 os.environ.setdefault("FORWARDED_ALLOW_IPS", "")  # or a caller on this machine could claim any address
 try:
     import spaces  # on ZeroGPU machines, and there before torch
@@ -44,6 +45,7 @@ from nanochat_hf.chat_service import (
     without_literal_tags,
 )
 from nanochat_hf.decode_compiled import compile_decoding
+from nanochat_hf.hardware import return_freed_memory
 from nanochat_hf.sampling import Sampling
 from nanochat_hf.streaming import ChatEvent
 
@@ -251,6 +253,7 @@ def moved_sliders(message: str) -> tuple:
 
 def main() -> None:
     """Serve the models that MODEL_ID names; on 127.0.0.1 unless GRADIO_SERVER_NAME says otherwise."""
+    return_freed_memory()
     model_ids = [name.strip() for name in os.environ.get("MODEL_ID", "").split(",") if name.strip()]
     if not model_ids:
         raise SystemExit("error: set MODEL_ID to a Hub id (user/name) or a model folder (runs/tiny/rl)")
