@@ -1,4 +1,4 @@
-"""What the machine can do: bf16 or not, its peak, and how much of it a run uses (MFU)."""
+"""What the machine can do: bf16 or not, its peak, and how much of it a run uses (MFU); how it keeps memory."""
 
 import ctypes
 
@@ -34,8 +34,9 @@ def supports_bf16(device: torch.device) -> bool:
 def return_freed_memory() -> None:
     """Let glibc give freed memory back to the system, as long as this process lives; elsewhere, do nothing.
 
-    By default the size from which a block is mapped by itself grows with the blocks freed, up to 32 MiB, and every few
-    threads share a heap: a server's freed tensors then stay there, and the heaps grow by the holes between them.
+    By default the size from which a block is mapped by itself grows with the blocks freed, up to 32 MiB, and
+    threads spread over up to eight heaps a core: a server's freed tensors then stay there, and the heaps grow by the
+    holes between them.
     Source: mallopt(3).
     """
     m_mmap_threshold, m_arena_max = -3, -8

@@ -52,8 +52,8 @@ def test_eight_steps_equal_nanochats(folder):
     It starts from a fresh initialisation, where the gradients of the residual scalars are nothing but rounding (1e-11)
     and AdamW turns them into whole steps: only the same operations in the same order, on one thread and compiled as
     nanochat compiles them, come out at the same weights. A CPU without AVX512 sums in another order than the one the
-    trajectory was made on, and so does MKL on Intel's (2025-10, which has no such scalars, comes out equal there): in
-    these cases only the first two losses, one whole step of every group between them, can be equal.
+    trajectory was made on, and so, it seems, does MKL on Intel's (2025-10, which has no such scalars, comes out equal
+    there): in these cases only the first two losses, one whole step of every group between them, can be equal.
     """
     capability, cpuinfo = torch.backends.cpu.get_cpu_capability(), Path("/proc/cpuinfo")
     is_amd = cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
@@ -76,8 +76,8 @@ def test_eight_steps_equal_nanochats(folder):
     if not is_exact:
         difference = max(abs(a - b) for a, b in zip(losses, golden["losses"], strict=True))
         pytest.skip(
-            f"the first two losses are equal, later ones differ by {difference:.3f} nats: the trajectory was made with "
-            f"AVX512 on an AMD, this CPU has {capability}{'' if is_amd else ' and is no AMD'}, and a change of the "
+            f"the first two losses are equal, later ones differ by {difference:.3f} nats: the same trajectory comes "
+            f"from AVX512 on an AMD, this CPU has {capability}{'' if is_amd else ' and is no AMD'}, and a change of the "
             "weights by 1e-7 (relative) alone moves the losses by 0.05"
         )
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(golden["losses"]), atol=1e-5, rtol=0)

@@ -16,8 +16,8 @@ from contextlib import closing
 from dataclasses import replace
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")  # its table of the last 10,000 requests, made anew at
-os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", "1000000000")  # every request, is not for this page
+os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")  # requests whose times are kept
+os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", "1000000000")  # never make a table of them; else each time
 os.environ.setdefault("FORWARDED_ALLOW_IPS", "")  # or a caller on this machine could claim any address
 try:
     import spaces  # on ZeroGPU machines, and there before torch
