@@ -77,8 +77,8 @@ def test_eight_steps_equal_nanochats(folder):
         difference = max(abs(a - b) for a, b in zip(losses, golden["losses"], strict=True))
         pytest.skip(
             f"the first two losses are equal, later ones differ by {difference:.3f} nats: the same trajectory comes "
-            f"from AVX512 on an AMD, this CPU has {capability}{'' if is_amd else ' and is no AMD'}, and a change of the "
-            "weights by 1e-7 (relative) alone moves the losses by 0.05"
+            f"from AVX512 on an AMD, this CPU has {capability}{'' if is_amd else ' and is no AMD'}, and a change of "
+            "the weights by 1e-7 (relative) alone moves the losses by 0.05"
         )
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(golden["losses"]), atol=1e-5, rtol=0)
     state = model.state_dict()
