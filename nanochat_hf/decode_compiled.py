@@ -21,7 +21,7 @@ from .decode_graph import GraphStep
 from .decode_step import DecodeStep, can_step
 from .hardware import has_compiler
 from .kv_cache import growing_cache
-from .onednn import pack
+from .onednn import has_onednn, pack
 
 KEYS_AT_ONCE = 16  # buffers are read up to a multiple of this
 
@@ -71,16 +71,18 @@ class CompiledStep(DecodeStep, nn.Module):
 
 
 def options(batch_size: int) -> dict:
-    """Inductor's settings. Of its matrix products its own are the fastest for one row, oneDNN's for several."""
+    """Inductor's settings. Of its matrix products its own are the fastest for one row, a library's for several."""
     common = {"freezing": True, "cpp_wrapper": True}
     if batch_size == 1:
         return common | {"max_autotune": True, "max_autotune_gemm_backends": "CPP"}
+    if not has_onednn(torch.device("cpu"), torch.float32):
+        return common  # MKL, with packed matrices
     # The cache of compiled graphs cannot hold weights in oneDNN's layout.
     return common | {"post_grad_custom_post_pass": use_onednn, "fx_graph_cache": False}
 
 
 def use_onednn(graph: fx.Graph) -> None:
-    """Let oneDNN do the products with built-in matrices, which Inductor leaves to MKL: half the time at 16 rows."""
+    """Let oneDNN do the products with built-in matrices, which Inductor leaves to MKL: on AMD half the time."""
     aten, linear, module = torch.ops.aten, torch.ops.mkldnn._linear_pointwise.default, graph.owning_module
     for node in list(graph.nodes):
         residual = None

@@ -1,6 +1,8 @@
 """What the machine can do: bf16 or not, its peak, and how much of it a run uses (MFU); how it keeps memory."""
 
 import ctypes
+import platform
+from functools import cache
 
 import torch
 
@@ -20,6 +22,16 @@ PEAK_FLOPS = {
     "4090": 165e12,
     "3090": 71e12,
 }
+
+
+@cache
+def cpu_name() -> str:
+    """The processor's model, as the system gives it."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):  # no Linux, or one on ARM
+        return platform.processor() or platform.machine()
 
 
 def supports_bf16(device: torch.device) -> bool:

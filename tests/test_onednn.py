@@ -7,15 +7,21 @@ import torch.nn.functional as F
 from nanochat_hf import onednn
 from nanochat_hf.onednn import MIN_ROWS, has_onednn, multiply, onednn_products, pack, padded_rows
 
-pytestmark = pytest.mark.skipif(
-    not has_onednn(torch.device("cpu"), torch.float32), reason="this PyTorch has no oneDNN (mkldnn)"
-)
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN (mkldnn)")
 
 
 @pytest.fixture(autouse=True)
-def any_size(monkeypatch):
-    """Small matrices too, which only some CPUs leave to oneDNN."""
+def any_cpu_and_size(monkeypatch):
+    """Small matrices too, which only some CPUs leave to oneDNN, and on any CPU."""
     monkeypatch.setattr(onednn, "MIN_ELEMENTS", {torch.backends.cpu.get_cpu_capability(): 0})
+    monkeypatch.setattr(onednn, "cpu_name", lambda: "AMD EPYC")
+
+
+def test_intels_cpus_and_other_types_are_left_to_pytorch(monkeypatch):
+    cpu = torch.device("cpu")
+    assert has_onednn(cpu, torch.float32) and not has_onednn(cpu, torch.bfloat16)
+    monkeypatch.setattr(onednn, "cpu_name", lambda: "Intel(R) Xeon(R) Processor")
+    assert not has_onednn(cpu, torch.float32)
 
 
 @torch.no_grad()

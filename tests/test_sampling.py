@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from nanochat_hf.sampling import Sampling, pick_tokens, row_uniforms
+from nanochat_hf.sampling import Sampling, likeliest, pick_tokens, row_uniforms
 
 VOCAB = 40
 
@@ -64,6 +64,11 @@ def test_greedy_takes_the_likeliest_and_scores_it_at_temperature_one(logits):
     tokens, logprobs = pick_tokens(logits, None, Sampling())
     assert tokens.item() == logits.argmax()
     torch.testing.assert_close(logprobs, logits.log_softmax(-1)[0, tokens])
+
+
+def test_of_equal_scores_the_first_is_the_likeliest():
+    scores = torch.tensor([[0.0, 2.0, 2.0], [-1.0, -1.0, -3.0], [1.0, float("nan"), 2.0]], requires_grad=True)
+    assert likeliest(scores).tolist() == scores.argmax(-1).tolist() == [1, 0, 1]
 
 
 def test_extreme_uniforms_stay_in_the_vocabulary():

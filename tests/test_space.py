@@ -79,7 +79,7 @@ def test_an_answer_streams(url):
 def test_a_tool_call_is_a_closed_step_between_the_texts(url):
     answer = Client(url, verbose=False).predict("6*7", *SETTINGS)
     assert texts(answer) == ["It is ", "42", "."]
-    assert answer[1]["metadata"] == {"title": service.TOOL_TITLE, "log": "6*7", "status": "done"}
+    assert answer[1]["metadata"] == {"title": service.TOOL_TITLE, "log": "6*7"}
 
 
 def test_a_conversation_keeps_its_cache_between_turns(url, model):

@@ -215,14 +215,14 @@ def test_the_words_of_clear_clear_nothing(browser, url):
     assert page.texts(QUESTION) == ["hello", "Forgotten."]
 
 
-def test_a_tool_call_is_a_step_that_unfolds(browser, url):
+def test_a_tool_call_is_a_step_that_folds(browser, url):
     page = Page(browser, url)
     page.ask("17*23")
-    [title] = page.texts("#chat .thought-group")
-    assert "Calculator" in title and "17*23" in title and "391" not in title
-    page.script("document.querySelector('#chat .thought-group .title').click()")
-    page.wait(lambda: "391" in page.texts("#chat .thought-group")[0])
+    [step] = page.texts("#chat .thought-group")
+    assert step.split() == ["Calculator", "17*23", "391"]
     page.shoot("tool_call")
+    page.script("document.querySelector('#chat .thought-group .title').click()")
+    page.wait(lambda: page.texts("#chat .thought-group")[0].split() == ["Calculator", "17*23"])
 
 
 def test_markdown_is_rendered_and_html_is_not_run(browser, url):
@@ -248,6 +248,8 @@ def test_odd_texts_come_through(browser, url):
     page = Page(browser, url)
     for text in ("שלום עולם", "e\u0301a\u0308 न\u093fम", "<|assistant_end|> typed", "/usr/bin is a folder"):
         assert page.ask(text) == text
+    direction = "getComputedStyle(document.querySelector(arguments[0])).unicodeBidi"
+    assert page.script(direction, f"{ANSWER} p") == page.script(direction, "textarea") == "plaintext"
 
 
 def test_two_tabs_are_two_conversations(browser, url):
@@ -298,7 +300,5 @@ def test_the_screenshot_of_the_readme(browser):
     time.sleep(1)  # the answer's last update may come late
     for question in ("What can you do?", "Maria has 14 apples. She buys 3 bags with 6 each. How many apples now?"):
         page.ask(question)
-    for step in page.all("#chat .thought-group .title"):
-        page.script("arguments[0].click()", step)
     page.shoot("chat")
     interface.close()

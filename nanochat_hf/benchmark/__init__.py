@@ -8,13 +8,13 @@ what is given is the median over the rounds. Times are no tests: measure on a ma
 """
 
 import importlib
-import platform
 import time
 from collections.abc import Sequence
 
 import torch
 import transformers
 
+from ..hardware import cpu_name
 from ..recipe import RecipeError, nearest, parse_recipe
 from ..stage import write_json
 
@@ -44,17 +44,9 @@ def benchmark(argv: Sequence[str]) -> dict:
 
 def machine() -> dict:
     """What the figures hold for: processor or GPU, threads, versions."""
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            name = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
     threads = torch.get_num_threads()
     return {
-        "name": name if torch.cuda.is_available() else f"{name}, {threads} threads",
+        "name": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu_name()}, {threads} threads",
         "num_threads": threads,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel, modeling_utils
 
 from ..kv_cache import select_rows
 from ..onednn import onednn_products
+from ..sampling import likeliest
 
 HEADS_TAKE_MASKS = hasattr(modeling_utils, "slice_logits_to_keep")  # not yet in transformers 5.17
 MIN_SHARED_TOKENS = 8  # below this a second forward costs more than the shared tokens save
@@ -245,7 +246,7 @@ def _read_answers(logits: torch.Tensor, rows: Sequence[_Row]) -> Iterator[tuple[
     position, token = torch.tensor(positions, device=logits.device), torch.tensor(tokens, device=logits.device)
     logits = logits.float()
     log_likelihoods = (logits[position, token] - logits.logsumexp(-1)[position]).tolist()
-    greedy = (logits.argmax(-1)[position] == token).tolist()
+    greedy = (likeliest(logits)[position] == token).tolist()
     done = 0
     for request, count in requests:
         span = slice(done, done + count)

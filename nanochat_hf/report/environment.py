@@ -6,11 +6,11 @@ still describes the machine that did the work.
 
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 from pathlib import Path
 
+from ..hardware import cpu_name
 from ..stage import write_json
 
 ROOT = Path(__file__).resolve().parents[2]  # the repository, where the package is installed editable
@@ -58,7 +58,7 @@ def describe_hardware() -> dict[str, str]:
 
     hardware = {
         "Platform": platform.system(),
-        "CPU": _cpu_model(),
+        "CPU": cpu_name(),
         "CPUs": f"{psutil.cpu_count(logical=False) or '-'} cores ({psutil.cpu_count()} logical)",
         "Memory": f"{psutil.virtual_memory().total / 1e9:.1f} GB",
     }
@@ -112,12 +112,3 @@ def _git(root: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or os.uname().machine

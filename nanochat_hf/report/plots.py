@@ -63,14 +63,16 @@ def draw_curves(path: Path, title: str, label: str, curves: dict[str, list[tuple
     """One panel a stage, side by side: their steps and scales differ."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(curves), figsize=(4.5 * len(curves), 3), squeeze=False, layout="constrained")
+    size = min(4.5 * len(curves), 12), 3
+    figure, axes = plt.subplots(1, len(curves), figsize=size, squeeze=False, layout="constrained")
     for axis, (stage, points) in zip(axes[0], curves.items(), strict=True):
         axis.plot(*zip(*points, strict=True), color=LINE_COLOR, linewidth=1.5, marker="o" if len(points) < 12 else "")
-        axis.set(title=stage, xlabel="optimizer step")
+        axis.set(title=stage if len(curves) > 1 else title, xlabel="optimizer step")
         axis.grid(color="#e6e8eb", linewidth=0.8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel(label)
-    figure.suptitle(title)
+    if len(curves) > 1:
+        figure.suptitle(title)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -5,7 +5,7 @@ names, as recipe and command line gave them; results the table below does not kn
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from ..evaluation.noise import error_of_share
 from ..tokenizer_evaluation import evaluation_tables
@@ -196,12 +196,11 @@ def chat_evaluation(records: RunRecords, stage: str) -> str:
     theirs = published.SUMMARY["ChatCORE"].get(stage) if is_chatcore else None
     rows.append(["ChatCORE metric", "-", number(stderr), number(mean), "-", "-", number(theirs)])
     header = ["Task", "Accuracy", "Standard error", "Centered", "Problems", "In form", published.NAME]
-    return "\n\n".join(
-        [heading(records, title, name), settings(records, name), protocol(records, name), table(header, rows)]
-    )
+    asked = settings(records, name, protocol(records, name))
+    return "\n\n".join([heading(records, title, name), asked, table(header, rows)])
 
 
-def protocol(records: RunRecords, name: str) -> str:
+def protocol(records: RunRecords, name: str) -> list[tuple[str, str]]:
     """How an evaluation asked its model, from lm-eval's own record; empty where the record has none."""
     record = records.records[name]
     kwargs = [c["generation_kwargs"] for c in record.get("configs", {}).values() if c.get("generation_kwargs")]
@@ -213,7 +212,7 @@ def protocol(records: RunRecords, name: str) -> str:
         ("temperature", ", ".join(map(number, temperatures))),
         ("max_new_tokens", ", ".join(map(number, lengths))),
     ]
-    return bullets([(key, value) for key, value in lines if value])
+    return [(key, value) for key, value in lines if value]
 
 
 def paired_test(paired: dict | None) -> str:
@@ -239,9 +238,9 @@ def samples(records: RunRecords) -> str:
     return f"{heading(records, title, 'samples')}\n\nModel: `{records.results('samples')['stage']}`, greedy.\n\n{text}"
 
 
-def settings(records: RunRecords, name: str) -> str:
-    """The explicit settings of a stage."""
-    said = [(key, number(value)) for key, value in flatten(records.settings(name)) if key != "run_dir"]
+def settings(records: RunRecords, name: str, more: Iterable[tuple[str, str]] = ()) -> str:
+    """The explicit settings of a stage, and what else belongs in their list."""
+    said = [(key, number(value)) for key, value in flatten(records.settings(name)) if key != "run_dir"] + list(more)
     return "**Settings**\n\n" + (bullets(said) if said else "All at their defaults (nanochat_hf/configs.py).")
 
 

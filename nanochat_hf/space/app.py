@@ -66,6 +66,9 @@ CSS = """
 #head h1 { margin: 0; font-size: 1.3rem; }
 #head p { margin: 0; opacity: .7; font-size: .85rem; }
 #chat { border-width: 0 !important; background: transparent; }
+#chat .thought-group .title { padding-right: .5rem; }
+#chat .prose *, textarea { unicode-bidi: plaintext; text-align: start; } /* each paragraph in its script's direction */
+.input-container textarea { background: transparent !important; }
 @media (max-width: 600px) { .gradio-container main.app { padding: .5rem !important; } }
 """
 # What an answer yields is added to the conversation; only the page can empty it, and not while it takes in the answer.
@@ -78,17 +81,17 @@ EMPTY_AFTER_CLEAR = f"""(messages) => {{
 
 
 def show(shown: list[gr.ChatMessage], event: ChatEvent) -> None:
-    """Add an event to the answer on display; a calculator call is a step that can be folded open."""
+    """Add an event to the answer on display; a calculator call is a step that can be folded away."""
     if event.kind == "text":
         if not shown or shown[-1].metadata:
             shown.append(gr.ChatMessage(role="assistant", content=""))
         shown[-1].content += event.text
     elif event.kind == "tool_call":
-        metadata = {"title": TOOL_TITLE, "log": event.text, "status": "done"}
+        metadata = {"title": TOOL_TITLE, "log": event.text}
         shown.append(gr.ChatMessage(role="assistant", content="", metadata=metadata))
     elif event.kind == "tool_output":
         if not shown or shown[-1].metadata.get("log") is None or shown[-1].content:  # an output that no call asked for
-            metadata = {"title": TOOL_TITLE, "status": "done"}
+            metadata = {"title": TOOL_TITLE}
             shown.append(gr.ChatMessage(role="assistant", content="", metadata=metadata))
         shown[-1].content = event.text
 
