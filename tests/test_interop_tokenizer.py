@@ -289,7 +289,9 @@ def test_missing_and_huge_files_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "content", [RunsCode(), {"a": torch.zeros(3)}, torch.zeros(3, 3).long(), torch.zeros(3)], ids=str
+    "content",
+    [RunsCode(), {"a": torch.zeros(3)}, torch.zeros(3, 3).long(), torch.zeros(3)],
+    ids=["code", "dictionary", "table", "fractions"],
 )
 def test_token_bytes_must_be_one_integer_a_token(tmp_path, content):
     torch.save(content, tmp_path / "token_bytes.pt")

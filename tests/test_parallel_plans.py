@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers.testing_utils import CaptureLogger
+from transformers.testing_utils import CaptureLogger, LoggingLevel
 from transformers.utils import logging
 
 GENERATIONS = ("2026-07", "2025-10")
@@ -15,7 +15,8 @@ GENERATIONS = ("2026-07", "2025-10")
 def test_plans_name_modules_that_exist_and_no_others(architecture, make_model):
     """The setters warn of a rule that names nothing; the model's own rules draw no warning."""
     model = make_model(architecture)
-    with CaptureLogger(logging.get_logger("transformers.distributed.mixin")) as said:
+    logger = logging.get_logger("transformers.distributed.mixin")
+    with LoggingLevel(logging.WARNING), CaptureLogger(logger) as said:
         model.tp_plan, model.fsdp_plan = dict(model.tp_plan), dict(model.fsdp_plan)
         assert not said.io.getvalue()
         model.tp_plan = model.tp_plan | {"model.layers.*.absent": "colwise"}
