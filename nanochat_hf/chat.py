@@ -61,9 +61,11 @@ class ChatSession:
             seed: together with the number of answers in `messages` it decides the draws.
 
         Raises:
-            ValueError: no user message at the end, one longer than the model's context, or one that the model's own
-                chat template refuses or would mistake for its special tokens.
+            ValueError: a text instead of messages, no user message at the end, one longer than the model's context, or
+                one that the model's own chat template refuses or would mistake for its special tokens.
         """
+        if isinstance(messages, str):
+            raise ValueError('messages are a list: [{"role": "user", "content": "..."}], not a text')
         if sum(message["role"] != "system" for message in messages) == 1:  # another conversation begins
             self._notices_given.clear()
         ids, notices = self._encode(messages, max_new_tokens)

@@ -17,8 +17,10 @@ TOOL_TITLE = "Calculator"
 FORGOTTEN = "Forgotten."
 COMMAND, MAX_COMMAND_CHARS = re.compile(r"/[A-Za-z_]+(?:[ \t=][^\n]*)?"), 200
 TAG = re.compile(r"<(?=[A-Za-z/!?])")
+EMPTY_ITEM = re.compile(r"^( {0,3}[0-9]+)(?=[.)][ \t]*$)", re.MULTILINE)  # of a list: "18." and nothing more
 CODE = re.compile(r"(^ {0,3}```.*?(?:^ {0,3}```|\Z)|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 JOINER = "\u2060"  # invisible, of no width; a tag's name cannot begin with it
+MARKED = re.compile(rf"(?<=<){JOINER}|(?<=[0-9]){JOINER}(?=[.)])")
 HELP = f"""- `/temperature X`: 0 (always the likeliest word) to {MAX_TEMPERATURE:g}
 - `/topk K`: draw from the K likeliest words, 1 to {MAX_TOP_K}
 - `/clear`: forget the conversation
@@ -114,15 +116,18 @@ def text_of(content: str | list | dict) -> str:
 
 
 def with_literal_tags(text: str) -> str:
-    """Markdown whose HTML is text, to be read and not to be obeyed; code is left as it is, for it is text already."""
+    """Markdown whose HTML is text, to be read and not to be obeyed; code is left as it is, for it is text already.
+
+    A number with a full stop that fills a line, as after a calculator's step, is text as well and no list.
+    """
     pieces = CODE.split(text)
-    pieces[::2] = [TAG.sub("<" + JOINER, piece) for piece in pieces[::2]]
+    pieces[::2] = [EMPTY_ITEM.sub(rf"\1{JOINER}", TAG.sub("<" + JOINER, piece)) for piece in pieces[::2]]
     return "".join(pieces)
 
 
 def without_literal_tags(text: str) -> str:
     """What `with_literal_tags` was given."""
-    return text.replace("<" + JOINER, "<")
+    return MARKED.sub("", text)
 
 
 def check_limits(messages: list[dict]) -> None:

@@ -306,9 +306,11 @@ def test_a_template_of_another_make_gets_no_special_tokens_from_a_user_and_may_r
         say(session, "y")
 
 
-@pytest.mark.parametrize("messages", [[], [user("a"), assistant("b")]])
-def test_nothing_to_answer(messages, parrot, tiny_tokenizer):
-    with pytest.raises(ValueError, match="user message"):
+@pytest.mark.parametrize(
+    ("messages", "complaint"), [([], "user message"), ([user("a"), assistant("b")], "user message"), ("a", "a list")]
+)
+def test_nothing_to_answer(messages, complaint, parrot, tiny_tokenizer):
+    with pytest.raises(ValueError, match=complaint):
         next(ChatSession(parrot, tiny_tokenizer).reply(messages, GREEDY))
 
 

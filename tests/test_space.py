@@ -297,6 +297,13 @@ def test_tags_are_shown_as_text_and_code_is_left_alone():
     assert service.without_literal_tags(shown) == TEXT_WITH_TAGS
 
 
+def test_a_result_alone_on_its_line_is_no_list_of_one_empty_item():
+    text = "18.\n#### 18\n2) \n1. one\n`3.`"
+    shown = service.with_literal_tags(text)
+    assert shown == f"18{service.JOINER}.\n#### 18\n2{service.JOINER}) \n1. one\n`3.`"
+    assert service.without_literal_tags(shown) == text
+
+
 def test_kept_sessions_are_few_and_never_shared(tiny_tokenizer, model):
     kept = service.KeptSessions({"one": (model, tiny_tokenizer), "other": (model, tiny_tokenizer)})
     first = kept.take("tab", "one")

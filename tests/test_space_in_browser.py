@@ -233,6 +233,7 @@ def test_markdown_is_rendered_and_html_is_not_run(browser, url):
     assert page.browser.title == "nanochat"
     assert page.script(f"document.querySelectorAll('{ANSWER} script, {ANSWER} [onerror]').length") == 0
     assert page.texts(f"{ANSWER} strong") == ["bold"] and page.texts(f"{ANSWER} code") == ["code"]
+    assert page.ask("18.").replace(JOINER, "") == "18." and not page.all(f"{ANSWER} ol")
     form = "use <form action=x><button>b</button></form>, `<iframe>`, <iframe src=x></iframe> <style>*{color:red}"
     read = form.replace("`", "")
     assert page.ask(form).replace(JOINER, "") == read == page.texts(QUESTION)[-1].replace(JOINER, "")
