@@ -301,5 +301,6 @@ def test_the_screenshot_of_the_readme(browser):
     time.sleep(1)  # the answer's last update may come late
     for question in ("What can you do?", "Maria has 14 apples. She buys 3 bags with 6 each. How many apples now?"):
         page.ask(question)
+    time.sleep(1)  # a step unfolds slowly
     page.shoot("chat")
     interface.close()
