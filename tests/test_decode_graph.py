@@ -79,8 +79,16 @@ def test_a_gpu_writes_what_a_cpu_writes(tiny_model, tiny_tokenizer):
 
 
 @pytest.mark.slow
-def test_compiled_decoding_writes_the_same(tiny_model, tiny_tokenizer):
-    """One row and several, padded, past the short window, greedy and sampled, rows that end early."""
+@pytest.mark.parametrize("library", ["oneDNN", "MKL"])
+def test_compiled_decoding_writes_the_same(library, tiny_model, tiny_tokenizer, monkeypatch):
+    """One row and several, padded, past the short window, greedy and sampled, rows that end early.
+
+    Several rows' products are this CPU's choice of library; here each of the two is taken.
+    """
+    if library == "oneDNN" and not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch has no oneDNN (mkldnn)")
+    chosen = []
+    monkeypatch.setattr(decode_compiled, "has_onednn", lambda *kind: chosen.append(library) or library == "oneDNN")
     prompts = [[0, *range(10, 10 + n)] for n in (3, 140, 3)]
     many = [
         (prompts[:1], {}),
@@ -98,6 +106,7 @@ def test_compiled_decoding_writes_the_same(tiny_model, tiny_tokenizer):
     with ThreadPoolExecutor(3) as pool:  # as in the Space: several answers at once
         written = pool.map(lambda prompt: write([prompt], {}), [prompts[1]] * 6)
         assert all(rows == [expected[1][1].token_ids] for rows in written)
+    assert chosen == [library]  # asked once, for three rows
 
 
 def test_only_a_plain_fp32_model_is_compiled(tiny_model):
