@@ -189,7 +189,7 @@ def decode(
     """
     device = model.device
     uniforms = None if uniforms is None else uniforms.to(device)
-    cache = growing_cache(model.config) if cache is None else cache
+    is_kept, cache = cache is not None, growing_cache(model.config) if cache is None else cache
     logits, mask = _read_prompts(rows, model, cache)
     lengths = torch.tensor([len(row.prompt) for row in rows], device=device)
     seen = _seen_tokens(rows, logits) if sampling.repetition_penalty != 1.0 else None
@@ -237,7 +237,7 @@ def decode(
             else:
                 logits = _forward(model, next_ids[:, None], mask, (lengths + step)[:, None], cache)
     finally:
-        if graph is not None:
+        if graph is not None and is_kept:
             graph.store()
 
 
