@@ -118,7 +118,7 @@ def text_of(content: str | list | dict) -> str:
 def with_literal_tags(text: str) -> str:
     """Markdown whose HTML is text, to be read and not to be obeyed; code is left as it is, for it is text already.
 
-    A number with a full stop that fills a line, as after a calculator's step, is text as well and no list.
+    A number with a full stop or bracket that fills a line, as after a calculator's step, is text as well and no list.
     """
     pieces = CODE.split(text)
     pieces[::2] = [EMPTY_ITEM.sub(rf"\1{JOINER}", TAG.sub("<" + JOINER, piece)) for piece in pieces[::2]]

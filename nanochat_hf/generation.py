@@ -189,7 +189,8 @@ def decode(
     """
     device = model.device
     uniforms = None if uniforms is None else uniforms.to(device)
-    is_kept, cache = cache is not None, growing_cache(model.config) if cache is None else cache
+    is_kept = cache is not None
+    cache = cache if is_kept else growing_cache(model.config)
     logits, mask = _read_prompts(rows, model, cache)
     lengths = torch.tensor([len(row.prompt) for row in rows], device=device)
     seen = _seen_tokens(rows, logits) if sampling.repetition_penalty != 1.0 else None

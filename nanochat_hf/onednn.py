@@ -3,7 +3,8 @@
 For fp32 PyTorch asks MKL, which on AMD's CPUs leaves AVX-512 alone and reads a matrix for one row with one thread. On
 two cores of a Zen 5 oneDNN was 2.2 times as fast with 50 rows and more, and 2.5 times with one row and a matrix too
 large for the cache; on two of a Zen 3, without AVX-512, 1.1 to 3 times with a large matrix and slower with a small
-one. On Intel's own CPUs MKL stays: it was as fast or faster (Sapphire Rapids, 2026-11-28). Without gradients.
+one. On Intel's own CPUs MKL stays: through oneDNN prompts took 1.3 to 1.6 times as long (Sapphire Rapids, 2026-11-28).
+Without gradients.
 
     with onednn_products(model):
         logits = model(ids).logits

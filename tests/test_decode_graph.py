@@ -12,8 +12,9 @@ from nanochat_hf import decode_compiled
 from nanochat_hf.decode_compiled import compile_decoding
 from nanochat_hf.decode_graph import GraphStep
 from nanochat_hf.decode_step import DecodeStep
-from nanochat_hf.generation import generate_completions
+from nanochat_hf.generation import Row, TurnTokens, decode, generate_completions
 from nanochat_hf.kv_cache import growing_cache, select_rows
+from nanochat_hf.sampling import Sampling
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -107,6 +108,10 @@ def test_compiled_decoding_writes_the_same(library, tiny_model, tiny_tokenizer, 
         written = pool.map(lambda prompt: write([prompt], {}), [prompts[1]] * 6)
         assert all(rows == [expected[1][1].token_ids] for rows in written)
     assert chosen == [library]  # asked once, for three rows
+    cache, row = growing_cache(tiny_model.config), Row(prompts[1], TurnTokens(tiny_tokenizer), use_calculator=False)
+    for _ in decode([row], tiny_model, Sampling(), None, 5, cache):
+        pass
+    assert cache.get_seq_length() == len(prompts[1]) + len(row.completion.token_ids) - 1, "the caller's cache goes on"
 
 
 def test_only_a_plain_fp32_model_is_compiled(tiny_model):

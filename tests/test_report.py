@@ -336,7 +336,8 @@ def test_the_report_says_how_models_were_asked(run_dir):
     (run_dir / "eval" / "chatcore_rl.json").write_text(json.dumps(record))
     records = RunRecords(run_dir)
     said = "- model: runs/x/rl\n- dtype: torch.float32\n- temperature: 0.0000\n- max_new_tokens: 96"
-    assert said in sections.chat_evaluation(records, "rl")
+    section = sections.chat_evaluation(records, "rl")
+    assert said in section and section.count("\n\n- ") == 1, "one list, with the settings"
     assert not sections.protocol(records, "chatcore_sft"), "a record without lm-eval's own"
     base = json.loads((run_dir / "eval" / "base.json").read_text())
     base["results"]["num_steps"] = 1234

@@ -76,7 +76,7 @@ def test_an_answer_streams(url):
     assert len(set(updates)) > 2 and all(updates[-1].startswith(update) for update in updates)
 
 
-def test_a_tool_call_is_a_closed_step_between_the_texts(url):
+def test_a_tool_call_is_a_step_between_the_texts(url):
     answer = Client(url, verbose=False).predict("6*7", *SETTINGS)
     assert texts(answer) == ["It is ", "42", "."]
     assert answer[1]["metadata"] == {"title": service.TOOL_TITLE, "log": "6*7"}
