@@ -331,13 +331,12 @@ def test_pass_at_k_is_a_table_before_during_and_after():
 def test_the_report_says_how_models_were_asked(run_dir):
     kwargs = {"max_gen_toks": 96, "do_sample": False}
     record = json.loads((run_dir / "eval" / "chatcore_rl.json").read_text())
-    record |= {"model_name": "runs/x/rl", "config": {"model_dtype": "torch.float32"}}
+    record |= {"model_name": "runs/x/rl", "config": {"model_dtype": "torch.float32"}, "settings": {"limit": 40}}
     record["configs"] = {"letters": {"generation_kwargs": None}, "sums": {"generation_kwargs": kwargs}}
     (run_dir / "eval" / "chatcore_rl.json").write_text(json.dumps(record))
     records = RunRecords(run_dir)
-    said = "- model: runs/x/rl\n- dtype: torch.float32\n- temperature: 0.0000\n- max_new_tokens: 96"
-    section = sections.chat_evaluation(records, "rl")
-    assert said in section and section.count("\n\n- ") == 1, "one list, with the settings"
+    said = "- limit: 40\n- model: runs/x/rl\n- dtype: torch.float32\n- temperature: 0.0000\n- max_new_tokens: 96"
+    assert said in sections.chat_evaluation(records, "rl")
     assert not sections.protocol(records, "chatcore_sft"), "a record without lm-eval's own"
     base = json.loads((run_dir / "eval" / "base.json").read_text())
     base["results"]["num_steps"] = 1234
