@@ -9,8 +9,10 @@ full or the batch has lost rows.
     step.store()     # now the cache has the new tokens, too
 """
 
+import math
 from threading import Lock
 
+import numpy as np
 import torch
 from transformers import Cache
 
@@ -69,7 +71,7 @@ class GraphStep:
         self.capacity = max(self.step.min_capacity, 1 << self.num_seen.bit_length())  # a power of two, more than seen
         self.buffers = [
             [
-                x.new_zeros(batch, x.shape[1], self.capacity, x.shape[3], dtype=self.step.dtype)
+                zeros((batch, x.shape[1], self.capacity, x.shape[3]), self.step.dtype, device)
                 for x in (layer.keys, layer.values)
             ]
             for layer in self.cache.layers
@@ -113,3 +115,10 @@ class GraphStep:
             buffers = (self.buffers, self.smear_state, self.end, self.is_real)
             self.logits = self.step.advance(ids, positions, *buffers)
             self.end += 1
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """As `torch.zeros`; on a CPU of memory that the system clears when first touched: much of a buffer never is."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
