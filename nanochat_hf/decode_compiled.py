@@ -26,11 +26,11 @@ from .kv_cache import growing_cache
 from .onednn import has_onednn, pack
 
 KEYS_AT_ONCE = 16  # buffers are read up to a multiple of this
-COMPILING = Lock()  # Inductor's settings are the process's
+COMPILING = Lock()  # of several answers that need the same code one compiles it
 
 
 class CompiledStep(DecodeStep, nn.Module):
-    """A `DecodeStep` over buffers, compiled when it is first called with a batch size.
+    """A `DecodeStep` over buffers, compiled when it is first called with a batch size and a capacity.
 
     A module, and its matrices parameters, for what is built into the code are a module's parameters.
     """
@@ -41,7 +41,8 @@ class CompiledStep(DecodeStep, nn.Module):
         nn.Module.__init__(self)
         DecodeStep.__init__(self, model, with_softcap=False)
         self.head = model.lm_head.weight
-        self.min_capacity = model.config.max_position_embeddings  # buffers of another capacity: compiled again
+        # Buffers of another capacity: compiled again.
+        self.min_capacity = max(2 * KEYS_AT_ONCE, model.config.max_position_embeddings)
         for i, matrices in enumerate(self.layers):
             self.layers[i] = [nn.Parameter(matrix, requires_grad=False) for matrix in matrices]
             for j, matrix in enumerate(self.layers[i]):
@@ -53,7 +54,8 @@ class CompiledStep(DecodeStep, nn.Module):
         shape = tuple(is_real.shape)
         if shape not in self.codes:
             with COMPILING, inductor.patch(options(len(ids))):  # given to `torch.compile` they come too late for some
-                self.codes[shape] = self._compile(ids, positions, pairs, smear_state, end, is_real)
+                if shape not in self.codes:
+                    self.codes[shape] = self._compile(ids, positions, pairs, smear_state, end, is_real)
         num_used = -(-(int(end) + 1) // KEYS_AT_ONCE) * KEYS_AT_ONCE
         is_real = is_real[:, :num_used].contiguous()
         return self.codes[shape](self, ids, positions, pairs, smear_state, end, is_real)
@@ -68,11 +70,12 @@ class CompiledStep(DecodeStep, nn.Module):
         torch._dynamo.mark_dynamic(is_real, 1)
         pairs = [[torch.empty_like(buffer) for buffer in pair] for pair in pairs]  # compiling calls it once
         smear_state = None if smear_state is None else smear_state.clone()
+        # A function of its own: of one PyTorch compiles eight versions and no more.
         advance = FunctionType(DecodeStep.advance.__code__.replace(), DecodeStep.advance.__globals__)
         compiled = torch.compile(advance, dynamic=False, fullgraph=True)
         compiled(self, ids, positions, pairs, smear_state, torch.zeros_like(end), is_real)
-        [version] = torch._dynamo.eval_frame._debug_get_cache_entry_list(advance)  # of one function torch keeps eight
-        return FunctionType(version.code, advance.__globals__)
+        versions = torch._dynamo.eval_frame._debug_get_cache_entry_list(advance)  # none with TORCHDYNAMO_DISABLE=1
+        return FunctionType(versions[0].code, advance.__globals__) if versions else advance
 
     def _multiply(self, x, matrix, plus=None):
         """The sum by itself: within a product the matrix would not be packed."""
@@ -81,7 +84,7 @@ class CompiledStep(DecodeStep, nn.Module):
 
     def _attend(self, q, k, v, mask):
         """As sums: one query a row is too little for the CPU's attention kernel."""
-        q = q.unflatten(1, (self.num_kv_heads, -1))  # (B, K, heads of one key, 1, d)
+        q = q.view(len(q), self.num_kv_heads, -1, 1, self.head_dim)  # (B, K, heads of one key, 1, d)
         scores = (q * k[:, :, None]).sum(-1) * self.head_dim**-0.5 + mask
         return (scores.softmax(-1)[..., None] * v[:, :, None]).sum(-2)
 
@@ -102,29 +105,16 @@ def options(batch_size: int) -> dict:
 
 def use_onednn(graph: fx.Graph) -> None:
     """Let oneDNN do the products with built-in matrices, which Inductor leaves to MKL: on AMD half the time."""
-    aten, linear, module = torch.ops.aten, torch.ops.mkldnn._linear_pointwise.default, graph.owning_module
+    linear, module = torch.ops.mkldnn._linear_pointwise.default, graph.owning_module
     for node in list(graph.nodes):
-        residual = None
-        if str(node.target) == "mkl._mkl_linear" and node.args[3] is None:
-            x, _, weight, *_ = node.args  # the second is packed for MKL
-            is_transposed = False
-        elif node.target in (aten.mm.default, aten.addmm.default):
-            *residuals, x, weight = node.args
-            residual, is_transposed = (residuals or [None])[0], True
-        else:
+        if str(node.target) != "mkl._mkl_linear" or node.args[3] is not None:
             continue
-        matrix = getattr(module, weight.target).detach() if weight.op == "get_attr" else None
-        if matrix is None or matrix.dtype != torch.float32:
-            continue
-        matrix = matrix.t() if is_transposed else matrix
+        x, _, weight, *_ = node.args  # the second is packed for MKL
         name = f"onednn_{node.name}"
-        module.register_buffer(name, pack(matrix))
+        module.register_buffer(name, pack(getattr(module, weight.target)))
         with graph.inserting_before(node):
             new = graph.call_function(linear, (x, graph.get_attr(name), None, "none", [], ""))
-            new.meta.update(node.meta)
-            if residual is not None:
-                new = graph.call_function(aten.add.Tensor, (new, residual))
-                new.meta.update(node.meta)
+        new.meta.update(node.meta)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
 
@@ -135,6 +125,8 @@ COMPILED: WeakKeyDictionary[PreTrainedModel, CompiledStep] = WeakKeyDictionary()
 @torch.no_grad()
 def compile_decoding(model: PreTrainedModel, batch_sizes: Iterable[int] = ()) -> None:
     """From now on decoding with this model runs compiled, with its weights as they are now.
+
+    For each batch size PyTorch keeps up to a copy of the weights, to the end of the process.
 
     Args:
         batch_sizes: those to compile for now; for others it happens before their second token.

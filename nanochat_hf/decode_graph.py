@@ -118,7 +118,7 @@ class GraphStep:
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """As `torch.zeros`; on a CPU of memory that the system clears when first touched: much of a buffer never is."""
+    """As `torch.zeros`; a large one on a CPU is memory that the system clears when it is touched: much never is."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
