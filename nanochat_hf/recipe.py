@@ -59,13 +59,15 @@ def parse_recipe(*dataclass_types: type, argv: Sequence[str] | None = None) -> t
     for flag in (a for a in argv if a.startswith("--") and a not in ("--config", "--help")):
         _check_key(flag[2:].split("=")[0].replace("-", "_"), fields, "the command line", prefix="--")
 
-    parser = TrlParser(dataclass_types)
+    parser = TrlParser(dataclass_types, description=sys.modules["__main__"].__doc__)
     try:
         instances = parser.parse_args_and_config(argv)
     except RecipeError:
         raise
     except (ValueError, TypeError) as error:
-        raise RecipeError(f"{source}: {error}") from error
+        unused = str(error).partition("not used by the HfArgumentParser: ")[2]
+        message = f"nothing takes {unused}: a setting is given as --name value" if unused else f"{source}: {error}"
+        raise RecipeError(message) from error
     flags = {a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")} - {"config"}
     settings = {}
     for instance in instances:
@@ -109,9 +111,10 @@ def run_command(main: Callable[[], object]) -> None:
 
 
 def nearest(name: str, choices: typing.Iterable[str]) -> str:
-    """The choice spelled most like `name`, for error messages."""
+    """The choice spelled most like `name`, for error messages; one that begins with it before all others."""
     choices = sorted(choices)
-    return (difflib.get_close_matches(name, choices, n=1, cutoff=0.0) or [""])[0]
+    longer = [choice for choice in choices if name and choice.lower().startswith(name.lower())]
+    return (difflib.get_close_matches(name, longer or choices, n=1, cutoff=0.0) or [""])[0]
 
 
 def load_function(path: str, what: str) -> Callable:

@@ -63,7 +63,8 @@ class Terminal:
         if self.config.compile:
             print("(compiling)", file=sys.stderr, flush=True)
             compile_decoding(self.model, batch_sizes=[1])
-        has_styles = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+        is_terminal = sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        has_styles = is_terminal and not os.environ.get("NO_COLOR")
         self.dim, self.plain = ("\033[2m", "\033[0m") if has_styles else ("", "")
         self.clear()
 
@@ -87,16 +88,16 @@ class Terminal:
         print(f"{self.config.model}: type a message, /help for commands, Ctrl-D to leave")
         while True:
             try:
-                text = read_message()
+                text, is_quoted = read_message()
             except KeyboardInterrupt:
                 print("\n(Ctrl-D leaves)")
                 continue
             except EOFError:
                 print()
                 return
-            if text.split()[:1] in (["/exit"], ["/quit"]):
+            if not is_quoted and text.split()[:1] in (["/exit"], ["/quit"]):
                 return
-            if COMMAND.fullmatch(text.strip()):
+            if not is_quoted and COMMAND.fullmatch(text.strip()):
                 print(self.run_command(text))
             elif text.strip():
                 try:
@@ -143,13 +144,11 @@ class Terminal:
             "/help": lambda _: HELP.format(temperature=self.sampling.temperature, top_k=self.sampling.top_k or 0),
         }
         if name not in commands:
-            names = [*commands, "/exit"]
-            close = next((known for known in names if known.startswith(name)), nearest(name, names))
-            return f"(no command {name}; did you mean {close}? /help lists them all)"
+            return f"(no command {name}; did you mean {nearest(name, [*commands, '/exit'])}? /help lists them all)"
         return commands[name](argument.strip())
 
     def _set(self, name: str, number: type, value: str) -> str:
-        now = f"{getattr(self.sampling, name) or 0:g}"
+        now = shown(getattr(self.sampling, name) or 0)
         if not value:
             return f"({name} is {now})"
         try:
@@ -160,7 +159,7 @@ class Terminal:
             self.sampling = replace(self.sampling, **{name: (chosen or None) if name == "top_k" else chosen})
         except ValueError as error:
             return f"({name} stays {now}: {error})"
-        return f"({name} = {chosen:g})"
+        return f"({name} = {shown(chosen)})"
 
     def _save(self, name: str) -> str:
         if not name:
@@ -182,19 +181,28 @@ def sampling_of(config: ChatConfig) -> Sampling:
     return Sampling(config.temperature, config.top_k or None, config.top_p, config.repetition_penalty)
 
 
-def read_message() -> str:
-    """A line, or the lines between two triple quotes."""
+def shown(number: float) -> str:
+    return f"{number:g}" if isinstance(number, float) else str(number)
+
+
+def read_message() -> tuple[str, bool]:
+    """A line, or the lines between two triple quotes; and whether it was quoted, which makes it no command."""
     line = input("> ")
     if not line.lstrip().startswith(TRIPLE):
-        return line
+        return valid(line), False
     text = line.lstrip()[len(TRIPLE) :]
     while not text.rstrip().endswith(TRIPLE):
         try:
             text += "\n" + input(". ")
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             print("\n(dropped)")
-            return ""
-    return text.rstrip()[: -len(TRIPLE)].strip("\n")
+            return "", True
+    return valid(text.rstrip()[: -len(TRIPLE)].strip("\n")), True
+
+
+def valid(text: str) -> str:
+    """Text without the surrogates that Python reads for bytes that are no UTF-8."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def printable(text: str) -> str:

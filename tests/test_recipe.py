@@ -64,9 +64,20 @@ def test_scientific_notation_without_a_dot(tmp_path):
     assert parse_recipe(Example, argv=["--config", write(tmp_path, "rate: 1e-3")])[0].rate == 1e-3
 
 
+def test_help_begins_with_what_the_script_says_of_itself(monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules["__main__"], "__doc__", "Train it: python train.py --config FILE")
+    with pytest.raises(SystemExit):
+        parse_recipe(Example, argv=["--help"])
+    assert "Train it: python train.py --config FILE" in capsys.readouterr().out
+
+
 def test_bad_flags(tmp_path):
     with pytest.raises(RecipeError, match="unknown setting `--dpth`; did you mean `--depth`"):
         parse_recipe(Example, argv=["--dpth", "3"])
+    with pytest.raises(RecipeError, match="unknown setting `--DEP`; did you mean `--depth`"):
+        parse_recipe(Example, argv=["--DEP", "3"])
+    with pytest.raises(RecipeError, match=r"nothing takes \['3'\]: a setting is given as --name value"):
+        parse_recipe(Example, argv=["3"])
     with pytest.raises(RecipeError, match="no recipe file"):
         parse_recipe(Example, argv=["--config", str(tmp_path / "absent.yaml")])
     with pytest.raises(RecipeError, match="--config needs a file"):

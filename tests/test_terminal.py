@@ -51,7 +51,8 @@ def test_an_answer_shows_its_calculation(typed):
 
 
 def test_commands_change_the_settings_and_say_so(typed):
-    shown = typed("/temperature 0.2", "/topk 7", "/temperature", "/topk 0")
+    shown = typed("/temperature 0.2", "/topk 1234567", "/topk", "/topk 7", "/temperature", "/topk 0")
+    assert "top_k = 1234567" in shown and "top_k is 1234567" in shown
     assert "temperature = 0.2" in shown and "top_k = 7" in shown and "temperature is 0.2" in shown
     assert typed.terminal.sampling.temperature == 0.2 and typed.terminal.sampling.top_k is None
 
@@ -93,14 +94,25 @@ def test_a_path_is_no_command_and_a_mistyped_command_no_message(typed):
     assert shown.count("did you mean") == 3
 
 
-def test_leaving_a_long_message_leaves_the_program_alone(typed):
-    shown = typed('"""one', EOFError(), "two")
+@pytest.mark.parametrize("key", [EOFError, KeyboardInterrupt])
+def test_leaving_a_long_message_leaves_the_program_alone(typed, key):
+    shown = typed('"""one', key(), "two")
     assert "(dropped)" in shown and [m["content"] for m in typed.terminal.session.messages[::2]] == ["two"]
 
 
 def test_several_lines_are_one_message(typed):
     typed('"""def f(x):', "    return x", '"""', '"""one"""', "/exit", "never read")
     assert [m["content"] for m in typed.terminal.session.messages[::2]] == ["def f(x):\n    return x", "one"]
+
+
+def test_what_is_quoted_is_no_command(typed):
+    typed('"""/help"""', '"""', "/exit", '"""')
+    assert [m["content"] for m in typed.terminal.session.messages[::2]] == ["/help", "/exit"]
+
+
+def test_bytes_that_are_no_text_do_not_keep_a_conversation_from_being_saved(typed, tmp_path):
+    shown = typed(b"caf\xff".decode(errors="surrogateescape"), f"/save {tmp_path / 'saved.jsonl'}")
+    assert "(saved:" in shown and "caf\ufffd" in (tmp_path / "saved.jsonl").read_text(encoding="utf-8")
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(typed, model, monkeypatch):

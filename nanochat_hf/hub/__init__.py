@@ -40,7 +40,8 @@ def publish(config: PublishConfig) -> None:
     stages = [stage for stage in MODEL_STAGES if (run_dir / stage / "config.json").is_file()]
     if not stages:
         raise ValueError(
-            f"run={config.run}: none of {', '.join(MODEL_STAGES)} in it is a model folder; run a recipe first"
+            f"run={config.run}: none of {', '.join(MODEL_STAGES)} in it is a model folder; give the folder of a whole "
+            f"run (runs/tiny), or run a recipe first"
         )
     check_repo_id(config.repo_id, "repo_id")
     with tempfile.TemporaryDirectory() as temporary:
