@@ -41,7 +41,7 @@ class CompiledStep(DecodeStep, nn.Module):
         nn.Module.__init__(self)
         DecodeStep.__init__(self, model, with_softcap=False)
         self.head = model.lm_head.weight
-        # Buffers of another capacity: compiled again.
+        # Buffers of another capacity: compiled again. As long as what is read at once, PyTorch would take it for fixed.
         self.min_capacity = max(2 * KEYS_AT_ONCE, model.config.max_position_embeddings)
         for i, matrices in enumerate(self.layers):
             self.layers[i] = [nn.Parameter(matrix, requires_grad=False) for matrix in matrices]

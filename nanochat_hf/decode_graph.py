@@ -118,7 +118,7 @@ class GraphStep:
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """As `torch.zeros`; a large one on a CPU is memory that the system clears when it is touched: much never is."""
+    """As `torch.zeros`; on a CPU the system clears a large one's memory when it is touched, and much of it never is."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

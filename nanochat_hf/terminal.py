@@ -182,6 +182,7 @@ def sampling_of(config: ChatConfig) -> Sampling:
 
 
 def shown(number: float) -> str:
+    """A setting as it was typed: a whole number with all its digits."""
     return f"{number:g}" if isinstance(number, float) else str(number)
 
 

@@ -121,6 +121,25 @@ def test_compiled_decoding_writes_the_same(library, tiny_model, tiny_tokenizer, 
     assert cache.get_seq_length() == len(prompts[1]) + len(row.completion.token_ids) - 1, "the caller's cache goes on"
 
 
+@pytest.mark.slow
+def test_compiled_decoding_outgrows_a_short_context(tiny_model, tiny_tokenizer):
+    """Buffers for fewer tokens than are read at once, then full ones."""
+    prompts = [[0, 10, 11], [0, 12]]
+    expected = [c.token_ids for c in generate_completions(tiny_model, tiny_tokenizer, prompts, 40)]
+    tiny_model.config.max_position_embeddings = 8
+    compile_decoding(tiny_model)
+    assert [c.token_ids for c in generate_completions(tiny_model, tiny_tokenizer, prompts, 40)] == expected
+
+
+def test_where_compiling_is_switched_off_the_step_runs_as_it_is(tiny_model, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(decode_compiled, "has_compiler", lambda: True)
+    prompts = [[0, *range(10, 10 + n)] for n in (3, 140)]
+    expected = [c.token_ids for c in generate_completions(tiny_model, tiny_tokenizer, prompts, 20)]
+    compile_decoding(tiny_model)
+    with torch.compiler.set_stance("force_eager"):
+        assert [c.token_ids for c in generate_completions(tiny_model, tiny_tokenizer, prompts, 20)] == expected
+
+
 def test_only_a_plain_fp32_model_is_compiled(tiny_model):
     with pytest.raises(ValueError, match="in torch.bfloat16 on cpu"):
         compile_decoding(tiny_model.to(torch.bfloat16))

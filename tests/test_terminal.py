@@ -145,6 +145,12 @@ def test_one_prompt_gives_the_bare_answer(model, tiny_tokenizer, monkeypatch, ca
         chat(ChatConfig(prompt="  "))
 
 
+def test_nobody_to_answer_to_is_no_error(typed, monkeypatch):
+    typed()
+    monkeypatch.setattr("sys.stdout", None)
+    Terminal(ChatConfig()).answer_once("Hi")
+
+
 def test_a_model_that_cannot_be_compiled_says_so(typed):
     with pytest.raises(ValueError, match="compiled decoding is for nanochat_hf models"):
         typed(compile=True)
